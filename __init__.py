@@ -1,0 +1,34 @@
+"""unsloth as a compiler: ``torch.compile(model, backend="unsloth")``.
+
+The backend needs no import: PyTorch finds it by its entry point. What is exported here is for asking it questions.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .compiler.explain import Explanation, explain
+    from .compiler.verify import Verification, verify
+
+__version__ = "0.1.0"
+__all__ = ["Explanation", "Verification", "explain", "verify"]
+
+# Imported on first use, so that ``import unsloth`` costs nothing and touches nothing.
+_HOMES = {
+    "explain": ".compiler.explain",
+    "Explanation": ".compiler.explain",
+    "verify": ".compiler.verify",
+    "Verification": ".compiler.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""How a traced graph becomes a running one, and what happened to it."""

@@ -1,0 +1,232 @@
+"""From Dynamo's graph to functionalised pre-dispatch ATen: few spellings, source lines and symbolic shapes kept.
+
+Dynamo's graph holds whatever functions the model's author called. Retracing it above autograd and below composite
+operators leaves one vocabulary (``aten.linear``, ``aten.silu``, ``aten.scaled_dot_product_attention`` stay whole;
+``reshape``, ``to`` and in-place operators become ``view``, ``_to_copy`` and their functional forms), so that a formula
+has few spellings, and no formula can match across a mutation.
+
+Two kinds of higher-order operator need care. Activation-checkpoint bodies are inlined, because what to recompute is
+our planner's decision. The body of a custom ``autograd.Function`` is *carried*: interpreting it would record its
+forward only and silently lose its gradient (that of every frozen 4-bit layer, for one), so the call moves to the new
+graph as it stands, and AOTAutograd or eager autograd runs it as they would have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.utils import _pytree as pytree
+
+from ..passes.gradients import reachable_inputs
+
+_higher_order = torch.ops.higher_order
+_INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
+_CARRIED = {getattr(_higher_order, "autograd_function_apply", None)} - {None}
+# What AOTAutograd and Inductor read from Dynamo's graph and its placeholders.
+_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "shape_env", "compile_subgraph_reason")
+_PLACEHOLDER_META = (
+    "example_value",
+    "tensor_dict",
+    "_dynamo_source",
+    "nn_module_stack",
+    "stack_trace",
+    "grapharg",
+    "steal_arg",
+)
+
+
+class CaptureError(RuntimeError):
+    """The graph cannot be retraced faithfully; the caller keeps Dynamo's graph."""
+
+
+def retrace(gm: fx.GraphModule) -> fx.GraphModule:
+    """Retrace Dynamo's graph to functionalised pre-dispatch ATen.
+
+    Args:
+        gm: a graph module from Dynamo, whose placeholders carry fake values in ``meta["example_value"]``.
+
+    Returns:
+        A new graph module with the same inputs and outputs. Every node has ``meta["val"]``, and where Dynamo knew
+        them ``stack_trace`` and ``nn_module_stack``.
+
+    Raises:
+        CaptureError: when an operator cannot be traced, or when an output of the new graph would no longer depend
+            differentiably on the inputs it depended on before.
+    """
+    fakes = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    mode = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+    if mode is None:
+        raise CaptureError("the graph has no tensor inputs")
+    if any(isinstance(f, Tensor) and not isinstance(f, FakeTensor) for f in fakes):
+        raise CaptureError("an input is not a plain tensor")
+    try:
+        with mode, torch.fx.traceback.preserve_node_meta():
+            carried = _fresh_outputs(gm, mode)
+            graph = make_fx(_Functionalised(gm, carried), pre_dispatch=True, tracing_mode="real")(*fakes)
+    except Exception as error:
+        raise CaptureError(f"{type(error).__name__}: {error}") from error
+    _keep_identity(gm, graph)
+    _tidy(graph.graph)
+    graph.recompile()
+    _check_gradients(gm, graph, fakes, mode)
+    return graph
+
+
+class _Functionalised:
+    """Runs a graph on functional tensors and returns plain ones; mutations of inputs become copies at the end."""
+
+    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any]) -> None:
+        self.gm, self.carried = gm, carried
+
+    def __call__(self, *args: Any) -> Any:
+        # ``export`` keeps composite functional operators (linear, attention, losses) whole above autograd.
+        mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
+        outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+        with outside, mode:
+            inputs = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in args]
+            before = [_plain(i) for i in inputs]
+            results = _Interpreter(self.gm, self.carried).run(*inputs)
+            after = [_plain(i) for i in inputs]
+            mutated = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
+            itself = {id(inputs[i]): args[i] for i in mutated}  # a mutated input that is returned stays that input
+            outputs = pytree.tree_map_only(FunctionalTensor, lambda t: itself.get(id(t), _plain(t)), results)
+        for i in mutated:
+            args[i].copy_(after[i])
+        return outputs
+
+
+class _Interpreter(fx.Interpreter):
+    """Interprets Dynamo's graph under the tracer; enters checkpoint bodies and carries autograd functions."""
+
+    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any]) -> None:
+        super().__init__(gm)
+        self.carried = carried
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, Tensor):
+            raise CaptureError(f"the graph holds the tensor {target} instead of taking it as an input")
+        return value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _INLINED:
+            body, *inputs = args
+            return _Interpreter(body, self.carried).run(*inputs)
+        if target in _CARRIED:
+            return _carry(target, args, kwargs, self.carried[self.node])
+        return super().call_function(target, args, kwargs)
+
+
+def _carry(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Emit the call ``target(*args, **kwargs)`` into the graph being traced, without running it."""
+    tracer = _pre_dispatch_tracer()
+
+    def proxy(value: Any) -> Any:
+        if isinstance(value, FunctionalTensor):
+            return get_proxy_slot(_plain(value), tracer).proxy
+        if isinstance(value, torch.SymInt):
+            return get_proxy_slot(value, tracer).force()
+        if isinstance(value, fx.GraphModule):
+            name = _fresh_name(tracer.root, target.__name__)
+            tracer.root.register_module(name, value)
+            return tracer.create_proxy("get_attr", name, (), {})
+        return value
+
+    leaf = (fx.GraphModule, torch.SymInt, Tensor)
+    map_args = pytree.tree_map(proxy, (args, kwargs), is_leaf=lambda v: isinstance(v, leaf))
+    result = tracer.create_proxy("call_function", target, *map_args)
+    track_tensor_tree(outputs, result, constant=None, tracer=tracer)
+    return pytree.tree_map_only(Tensor, FunctionalTensor.to_functional, outputs)
+
+
+def _pre_dispatch_tracer() -> Any:
+    from torch._ops import _get_dispatch_mode_pre_dispatch
+
+    mode = _get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY)
+    if mode is None:
+        raise CaptureError("an autograd function was met outside of tracing")
+    return mode.tracer
+
+
+def _fresh_name(root: torch.nn.Module, stem: str) -> str:
+    number = 0
+    while hasattr(root, f"{stem}_{number}"):
+        number += 1
+    return f"{stem}_{number}"
+
+
+def _fresh_outputs(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.Node, Any]:
+    """For every carried call, also in nested bodies, fake tensors of its outputs' shape that no tracer has seen."""
+
+    def fresh(value: Tensor) -> Tensor:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    with disable_proxy_modes_tracing(), mode:
+        return {
+            n: pytree.tree_map_only(Tensor, fresh, n.meta["example_value"])
+            for module in gm.modules()
+            if isinstance(module, fx.GraphModule)
+            for n in module.graph.nodes
+            if n.op == "call_function" and n.target in _CARRIED
+        }
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, FunctionalTensor):
+        return value
+    torch._sync(value)
+    return torch._from_functional_tensor(value.elem)
+
+
+def _keep_identity(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Give the new graph the old one's input names and what AOTAutograd knows about them (static parameters)."""
+    for name in _MODULE_ATTRIBUTES:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    new.meta.update(old.meta)
+    for before, after in zip(_placeholders(old), _placeholders(new), strict=True):
+        after._rename(before.name)
+        after.target = before.target
+        after.meta.update({key: before.meta[key] for key in _PLACEHOLDER_META if key in before.meta})
+        after.meta.setdefault("val", before.meta["example_value"])
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Drop what the retrace left behind: assertions about its own fakes, and aliases (nothing mutates any more)."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _check_gradients(old: fx.GraphModule, new: fx.GraphModule, fakes: list[Any], mode: FakeTensorMode) -> None:
+    """Autograd itself says which inputs each output depends on: in Dynamo's own fake values, and in the retrace."""
+    (output,) = (n for n in old.graph.nodes if n.op == "output")
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args[0])]
+    before = reachable_inputs(values, fakes)
+    with mode, torch.enable_grad():
+        after = reachable_inputs(pytree.tree_leaves(fx.Interpreter(new).run(*fakes)), fakes)
+    for index, (had, has) in enumerate(zip(before, after, strict=True)):
+        if lost := had - has:
+            names = [_placeholders(old)[i].name for i in sorted(lost)]
+            raise CaptureError(f"output {index} would lose its gradient with respect to {', '.join(names[:3])}")

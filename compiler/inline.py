@@ -1,0 +1,81 @@
+"""Where an operator has no kernel for a device, its formula goes back into the graph for Inductor to fuse.
+
+The operator was recognised and the memory planner has seen it whole; after the partition nothing is gained by keeping
+it opaque. This runs on the forward and the backward graph, as Inductor's ``post_grad_custom_pre_pass``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from ..kernels.operator import OPERATORS, Operator
+from .identity import source_digest
+
+
+class InlineReferences(CustomGraphPass):
+    """Replaces operators by their reference on devices where they have no kernel."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        references = _references()
+        for node in list(graph.nodes):
+            if (found := references.get(node.target)) is not None:
+                operator, formula = found
+                values = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], node.args)
+                device = next(v.device.type for v in values if isinstance(v, Tensor))
+                if not operator.runs_kernel_on(device):
+                    _inline(graph, node, formula, values)
+        graph.lint()
+
+    def uuid(self) -> str:
+        return f"unsloth-inline-{source_digest()}"
+
+
+def _references() -> dict[Any, tuple[Operator, Any]]:
+    found: dict[Any, tuple[Operator, Any]] = {}
+    for operator in OPERATORS.values():
+        found[operator.overload] = (operator, operator.reference)
+        found[operator.overload_backward] = (operator, operator.backward_as_returned)
+    return found
+
+
+def _inline(graph: fx.Graph, node: fx.Node, formula: Any, values: tuple[Any, ...]) -> None:
+    """Trace the formula on the node's fake arguments and splice its nodes in place of the call."""
+    positions = [i for i, v in enumerate(values) if isinstance(v, (Tensor, torch.SymInt, torch.SymFloat))]
+
+    def call(*inputs: Any) -> Any:
+        given = dict(zip(positions, inputs, strict=True))
+        return formula(*(given.get(i, v) for i, v in enumerate(values)))
+
+    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    with mode, torch.no_grad():
+        body = make_fx(call, decomposition_table=select_decomp_table())(*(values[i] for i in positions))
+    with graph.inserting_before(node):
+        outputs = _splice(graph, body, [node.args[i] for i in positions])
+    if isinstance(outputs, (tuple, list)):
+        for user in list(node.users):  # an operator with several outputs is only ever read through getitem
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(outputs)
+    graph.erase_node(node)
+
+
+def _splice(graph: fx.Graph, body: fx.GraphModule, arguments: list[Any]) -> Any:
+    remaining = iter(arguments)
+    copies: dict[fx.Node, Any] = {}
+    for inner in body.graph.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(remaining)
+        elif inner.op == "output":
+            return pytree.tree_map_only(fx.Node, copies.__getitem__, inner.args[0])
+        else:
+            copies[inner] = graph.node_copy(inner, copies.__getitem__)
+    raise AssertionError("a graph without an output")

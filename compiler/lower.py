@@ -1,0 +1,52 @@
+"""From a rewritten graph to something that runs: through Inductor with our memory floor, or under eager autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..passes.memory.partition import Partitioner
+from .inline import InlineReferences
+from .options import Options
+from .report import GraphReport
+
+
+def lower(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    report: GraphReport,
+) -> Callable[..., Any]:
+    """Lower a rewritten graph as ``options.lowering`` says."""
+    if options.lowering == "eager":
+        return graph.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    report.partitioner = Partitioner(options.memory_budget, strict=options.strict)
+    patches = {
+        **_mode(mode),
+        "custom_partitioner_fn": report.partitioner,
+        "post_grad_custom_pre_pass": InlineReferences(),
+        # A plan never changes numbers: recomputed values must round where the kept ones did.
+        "emulate_precision_casts": True,
+    }
+    return compile_fx(graph, list(example_inputs), config_patches=patches)
+
+
+def lower_plain(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    """What would have run without us: Inductor, or Dynamo's graph itself under ``lowering="eager"``."""
+    if options.lowering == "eager":
+        return gm.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=_mode(mode))
+
+
+def _mode(mode: str | None) -> dict[str, Any]:
+    return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}

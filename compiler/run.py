@@ -1,0 +1,82 @@
+"""Running a model on a batch, compiled or not, for the functions that only want to know what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..passes.recognise import RECOGNISERS
+from ..passes.rewrite import Recogniser
+from .backend import compile_graph
+from .options import Options
+from .report import GraphReport
+
+
+class BatchError(ValueError):
+    """The batch cannot be given to the model, or yields no loss."""
+
+
+def compiled(
+    model: nn.Module,
+    options: Options,
+    reports: list[GraphReport],
+    recognisers: Sequence[Recogniser] = RECOGNISERS,
+) -> Any:
+    """The model compiled by the backend, each graph's report appended to ``reports``."""
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        return compile_graph(gm, example_inputs, options, recognisers=recognisers, observe=reports.append)
+
+    return torch.compile(model, backend=backend)
+
+
+def loss_of(model: Any, batch: Any) -> Tensor:
+    """Run the model and return its scalar loss.
+
+    Args:
+        model: called as ``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, else ``model(batch)``.
+        batch: what a training loop would give the model, labels included.
+
+    Raises:
+        BatchError: when the model returns no scalar loss.
+    """
+    if isinstance(batch, Mapping):
+        # A training step has no use for a key-value cache, and returning one would keep every key and value alive.
+        extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+        output = model(**{**extra, **batch})
+    elif isinstance(batch, (tuple, list)):
+        output = model(*batch)
+    else:
+        output = model(batch)
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+    if loss is None and isinstance(output, (tuple, list)) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise BatchError("the model returned no scalar loss: the batch needs the labels that training would give it")
+    return loss
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave the model's gradients, buffers and the random state as they were, whatever happens inside."""
+    gradients = {p: p.grad for p in model.parameters()}
+    buffers = {b: b.clone() for b in model.buffers()}
+    cuda = torch.cuda.is_available()
+    state = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,1 @@
+"""Operators of the dialect: how each is computed, forward and backward. Importing this registers all of them."""

@@ -1,0 +1,287 @@
+"""Gated linear units: swiglu = silu(gate) * up and geglu = gelu(gate) * up.
+
+Shazeer 2020, arXiv:2002.05202; gelu is Hendrycks & Gimpel 2016, arXiv:1606.08415, exact (erf) or by tanh. gate, up and y
+have one shape [..., intermediate] and one dtype; everything in between is float32 and y is rounded once (eager bf16 also
+rounds the activation before the product).
+
+Forward moves 3 and backward 5 values per element (reads gate, up; writes y, and reads grad, gate, up; writes dgate, dup),
+so 8192 x 14336 in bf16 is 0.70 GB and 1.17 GB: at least 0.24 ms and 0.40 ms at 2.97 TB/s (H100 copy). The arithmetic hides
+behind the loads.
+
+gate and up may be the two halves of one projection: rows with a stride of their own are read where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+from .operator import dtype_is, operator
+
+BYTES_PER_THREAD = 32
+"""Two 128-bit accesses per tensor and thread: enough loads in flight to fill the memory pipeline of an H100."""
+WARPS = 4
+
+CUBIC = 0.044715
+"""Of the tanh form: gelu(x) ~ x (1 + tanh z) / 2 with z = sqrt(2/pi) (x + CUBIC x^3)."""
+
+# Constants that the kernels read.
+SILU, GELU, GELU_TANH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
+_2Z = tl.constexpr(2 * math.sqrt(2 / math.pi))
+_2Z_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * CUBIC)
+_2Z_3CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 3 * CUBIC)
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rounded(x: Tensor, like: Tensor) -> Tensor:
+    return x.to(like.dtype).contiguous()
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _gelu_slope(x: Tensor, tanh: bool) -> Tensor:
+    if tanh:
+        t = torch.tanh(math.sqrt(2 / math.pi) * (x + CUBIC * x**3))
+        z_slope = math.sqrt(2 / math.pi) * (1 + 3 * CUBIC * x * x)
+        return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * z_slope
+    return 0.5 * (1 + torch.erf(x * math.sqrt(0.5))) + x * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu(x: Tensor, tanh: bool) -> Tensor:
+    return F.gelu(x, approximate="tanh" if tanh else "none")
+
+
+def _swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    return _rounded(F.silu(_wide(gate)) * _wide(up), gate)
+
+
+def _geglu_reference(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    return _rounded(_gelu(_wide(gate), tanh) * _wide(up), gate)
+
+
+def _swiglu_reference_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    grad_, gate_, up_ = _wide(grad), _wide(gate), _wide(up)
+    return (
+        _rounded(grad_ * up_ * _silu_slope(gate_), gate) if needs[0] else None,
+        _rounded(grad_ * F.silu(gate_), up) if needs[1] else None,
+    )
+
+
+def _geglu_reference_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, tanh: bool, needs: list[bool]
+) -> tuple[Tensor | None, ...]:
+    grad_, gate_, up_ = _wide(grad), _wide(gate), _wide(up)
+    return (
+        _rounded(grad_ * up_ * _gelu_slope(gate_, tanh), gate) if needs[0] else None,
+        _rounded(grad_ * _gelu(gate_, tanh), up) if needs[1] else None,
+    )
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _share(x, ACT: tl.constexpr):
+    """The factor of x that the gate lets through: act(x) = x * share(x)."""
+    if ACT == SILU:
+        share = tl.sigmoid(x)
+    elif ACT == GELU:
+        share = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
+    else:  # (1 + tanh z) / 2 is sigmoid(2z)
+        share = tl.sigmoid(x * (x * x * _2Z_CUBIC + _2Z))
+    return share
+
+
+@triton.jit
+def _share_slope(x, share, ACT: tl.constexpr):
+    """The derivative of share(x)."""
+    if ACT == SILU:
+        slope = share * (1 - share)
+    elif ACT == GELU:
+        slope = tl.exp(-0.5 * x * x) * _INV_SQRT_2PI
+    else:
+        slope = share * (1 - share) * (x * x * _2Z_3CUBIC + _2Z)
+    return slope
+
+
+@triton.jit
+def _tile(width, BLOCK: tl.constexpr):
+    """This program's row, its first column in it, and its lanes.
+
+    Positions are 64-bit scalars, the lanes 32-bit: tensors of any size at the price of 32-bit vector arithmetic.
+    """
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    return row, start, tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _glu_forward_kernel(
+    gate, up, y, width, gate_stride, up_stride, ACT: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
+):
+    row, start, lane = _tile(width, BLOCK)
+    inside = None if EVEN else start + lane < width
+    g = tl.load(gate + row * gate_stride + start + lane, mask=inside).to(tl.float32)
+    u = tl.load(up + row * up_stride + start + lane, mask=inside).to(tl.float32)
+    tl.store(y + row * width + start + lane, g * _share(g, ACT) * u, mask=inside)
+
+
+@triton.jit
+def _glu_backward_kernel(
+    grad,
+    gate,
+    up,
+    dgate,
+    dup,
+    width,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    ACT: tl.constexpr,
+    NEED_GATE: tl.constexpr,
+    NEED_UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    row, start, lane = _tile(width, BLOCK)
+    inside = None if EVEN else start + lane < width
+    dy = tl.load(grad + row * grad_stride + start + lane, mask=inside).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + start + lane, mask=inside).to(tl.float32)
+    share = _share(g, ACT)
+    if NEED_GATE:
+        u = tl.load(up + row * up_stride + start + lane, mask=inside).to(tl.float32)
+        tl.store(dgate + row * width + start + lane, dy * u * (share + g * _share_slope(g, share, ACT)), mask=inside)
+    if NEED_UP:
+        tl.store(dup + row * width + start + lane, dy * g * share, mask=inside)
+
+
+# -- launch ------------------------------------------------------------------------------------------------------------
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """Elements from one row (a vector along the last dimension) to the next, or None where no one number says it."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return None
+    outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    for (_, stride), (inner_size, inner_stride) in pairwise(outer):
+        if stride != inner_size * inner_stride:
+            return None
+    return outer[-1][1] if outer else x.shape[-1]
+
+
+def _as_rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
+    """The tensors with their row strides, the number of rows and their width; contiguous tensors are one long row."""
+    shape = tensors[0].shape
+    readable = [x if _row_stride(x) is not None else x.contiguous() for x in tensors]
+    strides = [_row_stride(x) or 0 for x in readable]
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    if all(stride == width for stride in strides):
+        rows, width = 1, rows * width
+    return readable, strides, rows, width
+
+
+def _tiling(rows: int, width: int, itemsize: int) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid of a launch and its compile-time constants."""
+    block = WARPS * 32 * BYTES_PER_THREAD // itemsize
+    return (rows * triton.cdiv(width, block),), {"BLOCK": block, "EVEN": width % block == 0, "num_warps": WARPS}
+
+
+def _forward(gate: Tensor, up: Tensor, act: int) -> Tensor:
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.numel():
+        (gate, up), strides, rows, width = _as_rows(gate, up)
+        grid, constants = _tiling(rows, width, y.element_size())
+        constants |= {"ACT": act}
+        _glu_forward_kernel[grid](gate, up, y, width, *strides, **constants)
+    return y
+
+
+def _backward(grad: Tensor, gate: Tensor, up: Tensor, act: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    outputs = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need else None for need in needs]
+    if gate.numel() and any(needs):
+        (grad, gate, up), strides, rows, width = _as_rows(grad, gate, up)
+        grid, constants = _tiling(rows, width, gate.element_size())
+        constants |= {"ACT": act, "NEED_GATE": needs[0], "NEED_UP": needs[1]}
+        _glu_backward_kernel[grid](grad, gate, up, *outputs, width, *strides, **constants)
+    return tuple(outputs)
+
+
+def _swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
+    return _forward(gate, up, SILU.value)
+
+
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    return _backward(grad, gate, up, SILU.value, needs)
+
+
+def _geglu_forward(gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
+    return _forward(gate, up, GELU_TANH.value if tanh else GELU.value)
+
+
+def _geglu_backward(grad: Tensor, gate: Tensor, up: Tensor, tanh: bool, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    return _backward(grad, gate, up, GELU_TANH.value if tanh else GELU.value, needs)
+
+
+# -- the operators -----------------------------------------------------------------------------------------------------
+
+
+def _supports(gate: Tensor, up: Tensor, *_: Any) -> str | None:
+    if reason := dtype_is(gate, torch.bfloat16, torch.float16, torch.float32):
+        return reason
+    if gate.dtype != up.dtype:
+        return f"gate is {gate.dtype} and up is {up.dtype}"
+    if gate.dim() == 0 or gate.dim() != up.dim():
+        return f"gate has {gate.dim()} dimensions and up has {up.dim()}"
+    if not all(statically_known_true(g == u) for g, u in zip(gate.shape, up.shape, strict=True)):
+        return f"gate {tuple(gate.shape)} and up {tuple(up.shape)} are not known to have one shape"
+    return None
+
+
+# Operations per element, an exponential or a division counted as one.
+swiglu = operator(
+    "swiglu(Tensor gate, Tensor up) -> (Tensor y)",
+    reference=_swiglu_reference,
+    reference_backward=_swiglu_reference_backward,
+    forward=_swiglu_forward,
+    backward=_swiglu_backward,
+    saves="gate up",
+    differentiable="gate up",
+    gradients_of="y",
+    supports=_supports,
+    flops=lambda gate, up: 6 * gate.numel(),
+    backward_flops=lambda gate, up: 12 * gate.numel(),
+)
+
+geglu = operator(
+    "geglu(Tensor gate, Tensor up, bool tanh) -> (Tensor y)",
+    reference=_geglu_reference,
+    reference_backward=_geglu_reference_backward,
+    forward=_geglu_forward,
+    backward=_geglu_backward,
+    saves="gate up",
+    differentiable="gate up",
+    gradients_of="y",
+    supports=_supports,
+    flops=lambda gate, up, tanh: 11 * gate.numel(),
+    backward_flops=lambda gate, up, tanh: 20 * gate.numel(),
+)

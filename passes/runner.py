@@ -1,0 +1,202 @@
+"""Runs recognisers over a graph, applies what they find behind the soundness checks, and keeps account of it.
+
+Every pass works on a copy. If it raises, or if its result fails a check, the copy is dropped, one warning names the
+pass, and the graph goes on as it was; under ``strict`` the error is raised instead.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch._logging import trace_structured
+
+from .rewrite import Match, Miss, Recogniser, Refused, apply, module_path, regions, source_line
+from .soundness import Unsound, assert_same_mathematics, count_guards
+
+
+class CompilerWarning(UserWarning):
+    """Something was left out of the compiled graph; the numbers are still right."""
+
+
+class PassError(RuntimeError):
+    """A pass failed under ``strict``."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the model where a pass matched or nearly did.
+
+    Attributes:
+        operator: what it is, or nearly is ("rms_norm").
+        module: dotted path of the module it came from, ``""`` when unknown.
+        source_line: ``file.py:line`` of the model's source, or None.
+        detail: the variant that matched, or the reason why nothing did.
+        how_far: for near misses, how many nodes of the formula had matched.
+    """
+
+    operator: str
+    module: str
+    source_line: str | None
+    detail: str
+    how_far: int = 0
+
+
+@dataclass
+class PassReport:
+    """What one pass did to one graph."""
+
+    name: str
+    seconds: float = 0.0
+    rewritten: list[Site] = field(default_factory=list)
+    missed: list[Site] = field(default_factory=list)
+    error: str | None = None
+
+
+def run_passes(
+    gm: fx.GraphModule,
+    recognisers: Sequence[Recogniser],
+    *,
+    disable: Iterable[str] = (),
+    strict: bool = False,
+) -> tuple[fx.GraphModule, list[PassReport]]:
+    """Apply the recognisers in order.
+
+    Args:
+        gm: a functionalised pre-dispatch ATen graph whose nodes carry ``meta["val"]`` and whose placeholders carry
+            fake inputs (with their ``requires_grad``) in ``meta["example_value"]``. It is not changed.
+        recognisers: the passes.
+        disable: names of passes to leave out.
+        strict: raise where a pass fails, instead of dropping its result.
+
+    Returns:
+        The rewritten graph and a report per pass, disabled ones excluded.
+
+    Raises:
+        PassError: a pass raised or was unsound, and ``strict`` is set.
+    """
+    disabled = set(disable)
+    original = gm
+    reports = []
+    for recogniser in recognisers:
+        if recogniser.name in disabled:
+            continue
+        gm, report = _run(gm, recogniser, strict)
+        reports.append(report)
+    if any(r.rewritten for r in reports):
+        gm = _verified(original, gm, recognisers, reports, disabled, strict)
+    return gm, reports
+
+
+def _run(gm: fx.GraphModule, recogniser: Recogniser, strict: bool) -> tuple[fx.GraphModule, PassReport]:
+    report = PassReport(recogniser.name)
+    started = time.perf_counter()
+    _artifact(f"unsloth_{recogniser.name}_before", gm)
+    guards = count_guards(gm)
+    try:
+        result = copy_graph(gm)
+        _apply_all(result.graph, recogniser, report)
+        result.graph.lint()
+        result.recompile()
+        if count_guards(gm) != guards:
+            raise Unsound("the pass guarded on a symbolic shape")
+    except Exception as error:  # noqa: BLE001  whatever a pass raises, training goes on without it
+        result, report = gm, PassReport(recogniser.name, error=_describe(error))
+        _give_up(recogniser.name, error, strict)
+    report.seconds = time.perf_counter() - started
+    _artifact(f"unsloth_{recogniser.name}_after", result)
+    return result, report
+
+
+def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> None:
+    found = list(recogniser.find(graph))
+    region = regions(graph)
+    gone: set[fx.Node] = set()
+    for item in found:
+        if isinstance(item, Match):
+            if item.interior & gone:
+                continue  # an earlier, overlapping match has taken these nodes
+            site = _site(recogniser.name, item.anchor, item.variant)
+            outcome = apply(graph, item, region)
+            if not isinstance(outcome, Refused):
+                gone |= item.interior
+                report.rewritten.append(site)
+                continue
+            item = Miss(outcome.reason, item.anchor, site.source_line, len(item.interior))
+        report.missed.append(_site(recogniser.name, item.node, item.reason, item.source_line, item.how_far))
+    graph.eliminate_dead_code()
+
+
+def _verified(
+    original: fx.GraphModule,
+    result: fx.GraphModule,
+    recognisers: Sequence[Recogniser],
+    reports: list[PassReport],
+    disabled: set[str],
+    strict: bool,
+) -> fx.GraphModule:
+    """Check the result of all passes at once; only when that fails, find the pass that is to blame and drop it."""
+    try:
+        assert_same_mathematics(original, result)
+        return result
+    except Unsound:
+        gm = original
+    for i, report in enumerate(reports):
+        recogniser = next(r for r in recognisers if r.name == report.name)
+        candidate, again = _run(gm, recogniser, strict)
+        try:
+            assert_same_mathematics(original, candidate)
+            gm, reports[i] = candidate, again
+        except Unsound as error:
+            reports[i] = PassReport(report.name, report.seconds, error=_describe(error))
+            _give_up(report.name, error, strict)
+    return gm
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """An independent copy of the graph; submodules, attributes and node values are shared."""
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, value_map := {}, return_output_node=True)
+    assert output is not None
+    value, old = output
+    graph.output(value).meta.update(old.meta)
+    for before, after in value_map.items():
+        after.meta = dict(before.meta)
+    copied = fx.GraphModule(gm, graph)
+    for name, attribute in vars(gm).items():
+        if name.startswith("_param_name_to_source") or name in ("_source_to_user_stacks", "shape_env"):
+            setattr(copied, name, attribute)
+    copied.meta.update(gm.meta)
+    return copied
+
+
+def _site(name: str, node: fx.Node, detail: str, line: str | None = None, how_far: int = 0) -> Site:
+    return Site(name, module_path(node), line or source_line(node), detail, how_far)
+
+
+def _give_up(name: str, error: Exception, strict: bool) -> None:
+    if strict:
+        raise PassError(f"pass {name}: {_describe(error)}") from error
+    warnings.warn(f"unsloth: pass {name} was left out: {_describe(error)}", CompilerWarning, stacklevel=2)
+
+
+def _describe(error: Exception) -> str:
+    return str(error) if isinstance(error, Unsound) else f"{type(error).__name__}: {error}"
+
+
+def _artifact(name: str, gm: fx.GraphModule) -> None:
+    """Leave the graph in torch's structured trace (``TORCH_TRACE``), where ``tlparse`` shows it."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False, include_stride=True, include_device=True),
+    )
+
+
+def graph_inputs(gm: fx.GraphModule) -> list[torch.Tensor | torch.SymInt | int]:
+    """The fake inputs that a retraced graph's placeholders carry."""
+    return [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]

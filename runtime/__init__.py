@@ -1,0 +1,1 @@
+"""How a user trains: trainers, data, checkpoints, the command line."""

@@ -1,0 +1,230 @@
+"""The runner and the soundness rules: each rule is tested by breaking it."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from torch.nn.functional import dropout, linear
+
+from tests.toy import Raising, Scale, toy
+from tests.tracing import targets, trace
+from unsloth.passes.rewrite import Match, Miss
+from unsloth.passes.runner import CompilerWarning, PassError, copy_graph, run_passes
+from unsloth.passes.soundness import Unsound, assert_same_mathematics
+
+
+def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return ((linear(x, w) * 3.0).relu() * 3.0).sum()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rewrites_and_keeps_gradients(dynamic: bool) -> None:
+    x, w = inputs()
+    gm = trace(model, x, w, dynamic=dynamic)
+    result, (report,) = run_passes(gm, [Scale()], strict=True)
+    assert targets(result).count("toy_scale") == 2 and "toy_scale" not in targets(gm)
+    assert [s.operator for s in report.rewritten] == ["toy_scale"] * 2 and report.seconds > 0
+    assert all(s.source_line and s.source_line.startswith("test_runner.py:") for s in report.rewritten)
+    run = torch.compile(model, backend=lambda g, _: run_passes(_retrace(g), [Scale()], strict=True)[0], dynamic=dynamic)
+    run(x, w).backward()
+    got = x.grad, w.grad
+    x.grad = w.grad = None
+    model(x, w).backward()
+    torch.testing.assert_close(got, (x.grad, w.grad))
+
+
+def _retrace(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    from unsloth.compiler.capture import retrace
+
+    return retrace(gm)
+
+
+def test_disabled_pass_does_not_run() -> None:
+    gm = trace(model, *inputs())
+    result, reports = run_passes(gm, [Scale()], disable=["toy_scale"])
+    assert result is gm and reports == []
+
+
+def test_a_pass_that_raises_is_left_out_with_one_warning() -> None:
+    gm = trace(model, *inputs())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result, reports = run_passes(gm, [Raising(), Scale()])
+    assert [str(w.message) for w in caught if w.category is CompilerWarning] == [
+        "unsloth: pass raising was left out: ValueError: deliberate"
+    ]
+    assert reports[0].error == "ValueError: deliberate" and targets(result).count("toy_scale") == 2
+    with pytest.raises(PassError, match="raising: ValueError: deliberate"):
+        run_passes(gm, [Raising()], strict=True)
+
+
+def refused(function, *args, change) -> str:
+    """The reason why the runner refused the one match that ``change`` made."""
+    gm = trace(function, *args)
+    before = targets(gm)
+    result, (report,) = run_passes(gm, [Scale(change)], strict=True)
+    assert report.rewritten == [] and targets(result) == before
+    return report.missed[0].detail
+
+
+def test_rule_1_inner_values_used_outside() -> None:
+    def function(x, w):
+        y = linear(x, w)
+        return (y * 3.0).sum() + y.sum()
+
+    def with_linear(match: Match) -> Match:
+        return dataclasses.replace(match, interior=match.interior | {match.args[0]})
+
+    assert "inner value linear is used outside, by sum" in refused(function, *inputs(), change=with_linear)
+
+
+def test_rule_3_no_match_spans_a_grad_mode_change() -> None:
+    def function(x, w):
+        with torch.no_grad():
+            y = linear(x, w)
+        return (y * 3.0).sum() + x.sum()
+
+    def with_linear(match: Match) -> Match:
+        return dataclasses.replace(match, interior=match.interior | {match.args[0]})
+
+    assert "spans" in refused(function, *inputs(), change=with_linear)
+
+
+def test_rule_3_graphs_are_functional() -> None:
+    def function(x, w):
+        y = linear(x, w)
+        y.mul_(3.0)
+        return y.sum()
+
+    gm = trace(function, *inputs())
+    assert "mul" in targets(gm) and "mul_" not in targets(gm)
+    _, (report,) = run_passes(gm, [Scale()], strict=True)
+    assert len(report.rewritten) == 1
+
+
+def test_rule_4_dtype_is_kept() -> None:
+    def wrong(match: Match) -> Match:
+        half = toy.reference
+        del half
+        return dataclasses.replace(match, args=(match.args[0].args[0], 3.0))
+
+    def function(x, w):
+        return (linear(x, w).double() * 3.0).sum()
+
+    assert "float32 instead of torch.float64" in refused(function, *inputs(), change=wrong)
+
+
+def test_rule_4_shape_is_kept() -> None:
+    def wrong(match: Match) -> Match:
+        return dataclasses.replace(match, args=(match.args[0].args[0], 3.0))
+
+    assert "shape (2, 4) instead of (2, 3)" in refused(lambda x, w: (linear(x, w) * 3.0).sum(), *inputs(), change=wrong)
+
+
+def test_rule_4_a_lost_gradient_drops_the_pass() -> None:
+    def function(x, w):
+        y = linear(x, w)
+        z = y.detach()
+        return (y * 3.0).sum() + z.sum()
+
+    def detached(match: Match) -> Match:
+        (detach,) = (u for u in match.args[0].users if "detach" in str(u.target))
+        return dataclasses.replace(match, args=(detach, 3.0))
+
+    gm = trace(function, *inputs())
+    with pytest.raises(PassError, match=r"lost its gradient with respect to l_[xw]_"):
+        run_passes(gm, [Scale(detached)], strict=True)
+    with pytest.warns(CompilerWarning, match="toy_scale was left out: output 0 lost its gradient"):
+        result, (report,) = run_passes(gm, [Scale(detached)])
+    assert "toy_scale" not in targets(result) and report.error is not None
+
+
+def test_rule_4_only_the_guilty_pass_is_dropped() -> None:
+    class Guilty(Scale):
+        name = "guilty"
+
+    def function(x, w):
+        y = linear(x, w)
+        z = y.detach()
+        return (y * 3.0).sum() + z.sum() + (x.relu() * 3.0).sum()
+
+    def detached(match: Match) -> Match | Miss:
+        found = [u for u in match.args[0].users if "detach" in str(u.target)]
+        if not found:
+            return Miss("no detach", match.anchor, None, 1)
+        return dataclasses.replace(match, args=(found[0], 3.0))
+
+    def only_relu(match: Match) -> Match | Miss:
+        relu = "relu" in str(match.args[0].target)
+        return match if relu else Miss("not relu", match.anchor, None, 1)
+
+    gm = trace(function, *inputs())
+    with pytest.warns(CompilerWarning, match="pass guilty was left out"):
+        result, reports = run_passes(gm, [Guilty(detached), Scale(only_relu)])
+    assert targets(result).count("toy_scale") == 1
+    assert reports[0].error and not reports[1].error and len(reports[1].rewritten) == 1
+
+
+def test_rule_4_output_strides_are_kept() -> None:
+    gm = trace(lambda x, w: (x.t() * 3.0, linear(x, w).sum()), *inputs())
+    other = copy_graph(gm)
+    with pytest.raises(Unsound, match="output 0 changed its strides"):
+        node = next(n for n in other.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+        with other.graph.inserting_after(node):
+            clone = other.graph.call_function(
+                torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+            )
+        node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
+        other.recompile()
+        assert_same_mathematics(gm, other)
+
+
+def test_rule_5_random_operators_are_not_swallowed() -> None:
+    def with_dropout(match: Match) -> Match:
+        drop = match.args[0]
+        return dataclasses.replace(match, args=(drop.args[0], 3.0), interior=match.interior | {drop})
+
+    def function(x, w):
+        return (dropout(linear(x, w), 0.5, True) * 3.0).sum()
+
+    assert "random operator dropout" in refused(function, *inputs(), change=with_dropout)
+
+
+def test_rule_7_a_pass_that_guards_is_dropped() -> None:
+    class Guarding(Scale):
+        def find(self, graph):
+            for item in super().find(graph):
+                assert int(item.args[0].meta["val"].shape[0]) > 0  # specialises the symbolic size
+                yield item
+
+    gm = trace(model, *inputs(), dynamic=True)
+    with pytest.raises(PassError, match="guarded on a symbolic shape"):
+        run_passes(gm, [Guarding()], strict=True)
+
+
+def test_supports_is_asked_and_its_reason_reported() -> None:
+    def function(x, w):
+        return (linear(x, w).long() * 3.0).sum() + x.sum()
+
+    def integer(match: Match) -> Match:
+        return match
+
+    assert refused(function, *inputs(), change=integer) == "only floating point"
+
+
+def test_overlapping_matches_apply_once() -> None:
+    class Twice(Scale):
+        def find(self, graph):
+            for item in super().find(graph):
+                yield item
+                yield item
+
+    result, (report,) = run_passes(trace(model, *inputs()), [Twice()], strict=True)
+    assert targets(result).count("toy_scale") == 2 and len(report.rewritten) == 2
