@@ -3,15 +3,16 @@
 Vaswani et al. 2017, arXiv:1706.03762; never storing the scores: Dao 2023, arXiv:2307.08691; grouped keys and values:
 Ainslie et al. 2023, arXiv:2305.13245. q: [batch, heads, queries, width]; k, v: [batch, kv_heads, keys, width], where
 query head h reads kv head h // (heads / kv_heads); causal: query i sees keys 0..i. Returns out, like q, and lse, the
-logarithm of the softmax's denominator: [batch, heads, queries], natural, of the scaled scores, float32 (float64 in float64).
+logarithm of the softmax's denominator: [batch, heads, queries], natural, of the scaled scores, float32 (float64 in
+float64).
 
-This is not a kernel of ours: `choose_backend` picks the library's, by measurement. On one H100, bf16, causal, width 128, 32/8
-heads, 2 x 2048, forward and backward of 32 layers: cuDNN 20.9 ms, FlashAttention-2 (the default of PyTorch) 37.7 ms. The
-floor is 14 * batch * heads * queries * keys * width operations, half of that when causal, at 800 TFLOP/s dense bf16.
+This is no kernel of ours: `choose_backend` picks a library's, by measurement. One H100, bf16, causal, width 128, 32/8
+heads, 2 x 2048, forward and backward of 32 layers: cuDNN 20.9 ms, FlashAttention-2 (PyTorch's default) 37.7 ms. The
+floor is 14 * batch * heads * queries * keys * width operations, half of them when causal, at about 800 TFLOP/s.
 
-What the libraries leave open is settled here, so that graphs, planner and backward see one contract: out and all gradients
-lie in memory as [batch, length, heads, width], which makes the reshape around a projection free, and lse is one tensor that
-either library's backward understands.
+What the libraries leave open is settled here, so that graphs, planner and backward see one contract: out and all
+gradients lie in memory as [batch, length, heads, width], which makes the reshape around a projection free, and lse is
+one tensor that either library's backward understands.
 """
 
 from __future__ import annotations

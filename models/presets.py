@@ -1,0 +1,151 @@
+"""Models by name: shapes as published, with random weights.
+
+Two kinds: ``tiny-*`` models of two layers, for tests, demonstrations and questions to ``unsloth explain``; and the real
+shapes that the benchmarks run (numbers from the models' ``config.json``). This file needs torch and transformers only,
+so that a benchmark can load it into another system's process by its path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+# Grouped-query attention, a head size that is not hidden / heads, and a vocabulary that is no power of two: what a
+# pattern must not take for granted. 260 tokens are the bytes and four special ones.
+_TINY = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+}
+
+_LLAMA3 = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 128_000,
+    "eos_token_id": 128_001,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny-llama": {"model_type": "llama", **_TINY},
+    "tiny-qwen3": {"model_type": "qwen3", **_TINY, "head_dim": 32},
+    # Shorter than the sequences of the tests, so that the window matters.
+    "tiny-mistral": {"model_type": "mistral", **_TINY, "sliding_window": 16},
+    # Alternates windowed and full attention, and caps logits and scores.
+    "tiny-gemma2": {"model_type": "gemma2", **_TINY, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16},
+    # Fused qkv and gate_up projections, half of each head rotated.
+    "tiny-phi3": {
+        "model_type": "phi3",
+        **_TINY,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    },
+    "llama-1b": {  # meta-llama/Llama-3.2-1B
+        **_LLAMA3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 32.0},
+    },
+    "llama-8b": {  # meta-llama/Llama-3.1-8B
+        **_LLAMA3,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
+    "qwen3-4b": {  # Qwen/Qwen3-4B
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40_960,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_645,
+    },
+}
+"""Configuration by preset name; ``model_type`` chooses the architecture."""
+
+
+def config(name: str) -> PreTrainedConfig:
+    """The configuration of a preset.
+
+    Raises:
+        KeyError: for a name that is not in :data:`SHAPES`.
+    """
+    settings = dict(SHAPES[name])
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def build(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model of a preset's shape with random weights, in training mode.
+
+    Weights are made on ``device`` and in ``dtype`` (an 8B model never exists in float32 or in host memory). Norm
+    weights and biases, which initialisation would leave at one and zero, get noise as well: only then does a test
+    notice when one of them is forgotten.
+
+    Args:
+        name: a key of :data:`SHAPES`.
+        attn_implementation: "sdpa", "eager", …; None is transformers' own choice, which is "sdpa" wherever the
+            architecture has it (Gemma 2 caps its scores and has not).
+        seed: of the weights; the caller's random state is left as it was.
+
+    Raises:
+        KeyError: for a name that is not in :data:`SHAPES`.
+    """
+    settings = config(name)
+    with torch.random.fork_rng(devices=_cuda_index(device)), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.train()
+
+
+def _cuda_index(device: str | torch.device) -> list[int]:
+    """Devices whose random state building touches, as ``fork_rng`` wants them."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]

@@ -1,0 +1,369 @@
+"""attention: PyTorch's kernels behind one contract, against softmax(q kT) v in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.kernels.accuracy import DEVICE, assert_accurate, relative_error, run
+from unsloth.kernels import attention as module
+from unsloth.kernels.attention import Backend, attention, choose_backend, forced_backend
+
+CUDA = DEVICE == "cuda"
+LIBRARIES: list[Backend] = ["cudnn", "flash"] if CUDA else ["cpu"]
+DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.bfloat16, torch.float16]
+HALF = torch.bfloat16 if CUDA else torch.float32
+
+# batch, query heads, key heads, queries, keys, width
+SQUARES = [(2, 4, 4, 7, 7, 16), (1, 4, 2, 33, 33, 80), (2, 3, 1, 33, 33, 64)]
+RECTANGLES = [(2, 4, 2, 7, 33, 16), (1, 3, 1, 33, 7, 64)]
+MODEL_SIZED = [(1, 8, 2, 1024, 1024, 128), (2, 4, 4, 1000, 1000, 64)]
+
+on_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+each_library = pytest.mark.parametrize("library", LIBRARIES)
+
+
+@pytest.fixture(autouse=True)
+def library_exists(request: pytest.FixtureRequest) -> None:
+    name = request.node.callspec.params.get("library") if hasattr(request.node, "callspec") else None
+    if name == "cudnn" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuDNN is not chosen on this device")
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = HALF, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as models make them: views of [batch, length, heads, width]."""
+    batch, heads, kv_heads, queries, keys, width = shape
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def random(heads: int, length: int) -> Tensor:
+        return torch.randn(batch, length, heads, width, generator=generator, device=DEVICE).to(dtype).transpose(1, 2)
+
+    return random(heads, queries), random(kv_heads, keys), random(kv_heads, keys)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    result = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    if causal:
+        hidden = torch.ones(result.shape[-2:], dtype=torch.bool, device=result.device).triu(1)
+        result = result.masked_fill(hidden, -torch.inf)
+    return result
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    return scores(q, k, causal, scale).softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+def length_major(x: Tensor) -> tuple[int, ...]:
+    """The strides of a fresh tensor like x in [batch, length, heads, width] memory order."""
+    batch, heads, length, width = x.shape
+    return torch.empty(batch, length, heads, width).transpose(1, 2).stride()
+
+
+def everything(q: Tensor, k: Tensor, v: Tensor, causal: bool, grad: Tensor, kernel: bool = True) -> list[Tensor]:
+    """out, lse and the three gradients, by calling the operator's functions directly."""
+    forward, backward = (
+        (attention.forward, attention.backward) if kernel else (attention.reference, attention.reference_backward)
+    )
+    out, lse = forward(q, k, v, causal, 0.2)
+    return [out, lse, *backward(grad, q, k, v, out, lse, causal, 0.2, [True] * 3)]
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------
+
+
+@each_library
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "causal"),
+    [*((s, c) for s in SQUARES for c in (True, False)), *((s, False) for s in RECTANGLES)]
+    + ([(s, True) for s in MODEL_SIZED] if CUDA else []),
+)
+def test_accuracy(library: Backend, dtype: torch.dtype, shape: tuple[int, ...], causal: bool) -> None:
+    with forced_backend(library):
+        assert_accurate(attention, lambda seed: make(shape, dtype, seed), causal, 0.2, eager=eager, exact=exact)
+
+
+@pytest.mark.skipif(CUDA, reason="the CUDA libraries have no float64")
+def test_float64_stays_float64() -> None:
+    for causal in (True, False):
+        q, k, v = make(SQUARES[1], torch.float64)
+        grad = torch.randn_like(q)
+        for kernel in (True, False):
+            out, lse, *gradients = everything(q, k, v, causal, grad, kernel)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            truth = exact(*leaves, causal, 0.2)
+            assert lse.dtype == torch.float64 and relative_error(lse, scores(q, k, causal, 0.2).logsumexp(-1)) < 1e-14
+            assert relative_error(out, truth) < 1e-14
+            for gradient, expected in zip(gradients, torch.autograd.grad(truth, leaves, grad), strict=True):
+                assert relative_error(gradient, expected) < 1e-14
+
+
+@each_library
+@pytest.mark.parametrize("shape", [*SQUARES, *(MODEL_SIZED if CUDA else [])])
+def test_logsumexp_is_natural_and_scaled(library: Backend, shape: tuple[int, ...]) -> None:
+    q, k, v = make(shape)
+    with forced_backend(library):
+        _, lse = attention.forward(q, k, v, True, 0.2)
+    truth = scores(q.double(), k.double(), True, 0.2).logsumexp(-1)
+    assert lse.dtype == torch.float32 and lse.is_contiguous()
+    assert relative_error(lse, truth) < 1e-4
+
+
+@each_library
+def test_one_token(library: Backend) -> None:
+    """The softmax of one score is 1 whatever the score is: out is v, and q and k get no gradient."""
+    q, k, v = make((2, 2, 1, 1, 1, 16))
+    grad = make((2, 2, 1, 1, 1, 16), seed=1)[0]
+    backend = "flash" if library == "cudnn" else library  # cuDNN refuses a single key: it is not chosen there
+    assert choose_backend(q, k, v, True) == backend
+    out, _, dq, dk, dv = everything(q, k, v, True, grad)
+    assert torch.equal(out, v.expand_as(out))
+    assert float(dq.abs().max()) < 1e-6 and float(dk.abs().max()) < 1e-6
+    assert relative_error(dv, grad.double().sum(1, keepdim=True)) < torch.finfo(HALF).eps
+
+
+def test_first_query_sees_the_first_key() -> None:
+    """With more keys than queries the diagonal starts top left, as in PyTorch, in whatever runs the operator."""
+    for shape in RECTANGLES:
+        q, k, v = make(shape)
+        truth = exact(q.double(), k.double(), v.double(), True, 0.2)
+        assert relative_error(attention(q, k, v, True, 0.2)[0], truth) < 2 * torch.finfo(HALF).eps
+
+
+@on_cuda
+def test_libraries_share_their_statistics() -> None:
+    """The backward of each understands the out and lse of the other."""
+    q, k, v = make(MODEL_SIZED[0])
+    grad = make(MODEL_SIZED[0], seed=1)[0]
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    truth = torch.autograd.grad(exact(*leaves, True, 0.2), leaves, grad.double())
+    for first, second in (("cudnn", "flash"), ("flash", "cudnn")):
+        with forced_backend(first):
+            out, lse = attention.forward(q, k, v, True, 0.2)
+        with forced_backend(second):
+            gradients = attention.backward(grad, q, k, v, out, lse, True, 0.2, [True] * 3)
+        for gradient, expected in zip(gradients, truth, strict=True):
+            assert relative_error(gradient, expected) < torch.finfo(HALF).eps
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def projection(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as slices of one fused projection."""
+    batch, heads, kv_heads, length, _, width = shape
+    fused = torch.randn(batch, length, (heads + 2 * kv_heads) * width, device=DEVICE).to(HALF)
+    parts = fused.split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, width)).transpose(1, 2) for part in parts)
+    return q, k, v
+
+
+def head_major(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.contiguous() for x in make(shape))
+    return q, k, v
+
+
+def width_not_dense(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in make(shape))
+    return q, k, v
+
+
+def unaligned(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in make(shape))
+    return q, k, v
+
+
+def expanded(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values shared by all heads and sequences of the batch."""
+    q, k, v = make(shape)
+    return q, k[:1, :1].expand_as(k), v[:1, :1].expand_as(v)
+
+
+@each_library
+@pytest.mark.parametrize("make_inputs", [make, projection, head_major, width_not_dense, unaligned, expanded])
+@pytest.mark.parametrize("shape", [(2, 4, 2, 33, 33, 16), (2, 1, 1, 9, 9, 16), (1, 3, 1, 5, 5, 8)])
+def test_layouts(library: Backend, make_inputs: Any, shape: tuple[int, ...]) -> None:
+    """Right values in the promised memory order for any strides of inputs and gradient, kernel and reference alike."""
+    q, k, v = make_inputs(shape)
+    other = make(shape, seed=1)[0]
+    gradients = [other, other.contiguous(), other[:1, :1, :1, :1].expand_as(other)]
+    if CUDA:  # a plan cached for one layout of the gradient must not serve another
+        gradients += gradients
+    with forced_backend(library):
+        for grad in gradients:
+            truth = everything(q.double(), k.double(), v.double(), True, grad.double(), kernel=False)
+            for kernel in (True, False):
+                results = everything(q, k, v, True, grad, kernel)
+                for value, expected in zip(results, truth, strict=True):
+                    assert relative_error(value, expected) < 2 * torch.finfo(HALF).eps + 1e-6
+                    assert value.stride() == (length_major(value) if value.dim() == 4 else fresh(value))
+
+
+def fresh(x: Tensor) -> tuple[int, ...]:
+    return torch.empty(x.shape).stride()
+
+
+def test_views_of_a_fused_projection_are_read_in_place() -> None:
+    for x in projection((2, 4, 2, 33, 33, 16)):
+        assert module._readable(x) is x
+
+
+# -- contract ----------------------------------------------------------------------------------------------------------
+
+
+@each_library
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (False, False, False)])
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
+def test_unneeded_gradients_are_not_returned(library: Backend, needs: Any, kernel: bool) -> None:
+    q, k, v = make(SQUARES[1])
+    grad = make(SQUARES[1], seed=1)[0]
+    with forced_backend(library):
+        _, *every = run(attention, (q, k, v), (True, 0.2), grad, kernel=kernel)
+        _, *some = run(attention, (q, k, v), (True, 0.2), grad, needs=needs, kernel=kernel)
+    for need, value, expected in zip(needs, some, every, strict=True):
+        assert value is None if not need else relative_error(value, expected) < 1e-3
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_opcheck(causal: bool) -> None:
+    inputs = make((2, 4, 2, 5, 5, 16))
+    torch.library.opcheck(attention.overload, (*inputs, causal, 0.2))
+    torch.library.opcheck(attention.overload, (*(x.requires_grad_() for x in inputs), causal, 0.2))
+
+
+def test_autograd() -> None:
+    """Through the registered operator, also when only the keys want a gradient; lse has none."""
+    inputs = make(SQUARES[1])
+    for wanted in ([0], [1], [0, 1, 2]):
+        leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        out, lse = attention(*leaves, True, 0.2)
+        assert out.requires_grad and not lse.requires_grad
+        ours = torch.autograd.grad(out.sum(), [leaves[i] for i in wanted])
+        theirs = torch.autograd.grad(eager(*leaves, True, 0.2).sum(), [leaves[i] for i in wanted])
+        for mine, yours in zip(ours, theirs, strict=True):
+            assert relative_error(mine, yours) < 2 * torch.finfo(HALF).eps
+
+
+def test_one_graph_serves_all_lengths() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, True, 0.2)[0], backend=counter, dynamic=True)
+    for length in (5, 6, 9, 17):
+        q, k, v = (x.requires_grad_() for x in make((2, 4, 2, length, length, 16)))
+        out = compiled(q, k, v)
+        out.sum().backward()
+        assert relative_error(out, eager(q, k, v, True, 0.2)) < 2 * torch.finfo(HALF).eps
+        assert q.grad is not None and q.grad.shape == q.shape
+    assert counter.frame_count == 1
+
+
+def test_symbolic_shapes_are_not_guarded_on() -> None:
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    sizes = [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC]
+    symbolic = StatelessSymbolicContext(sizes)  # type: ignore[call-arg]
+    q = mode.from_tensor(torch.randn(2, 7, 4, 16).transpose(1, 2), symbolic_context=symbolic)
+    other = mode.from_tensor(torch.randn(2, 9, 4, 16).transpose(1, 2), symbolic_context=symbolic)
+    with mode:
+        assert attention.supports(q, q, q, True, 0.2) is None
+        assert "align the diagonal" in str(attention.supports(q, other, other, True, 0.2) or "align the diagonal")
+        out, lse = attention(q, q, q, True, 0.2)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        attention.overload_backward(out, q, q, q, out, lse, True, 0.2, [True] * 3)
+        attention.flops(q, q, q, True, 0.2)
+    assert not environment.guards
+
+
+def test_supports_says_why_not() -> None:
+    q, k, v = make(SQUARES[1])
+    wide = make((1, 2, 2, 4, 4, 264))
+    assert attention.supports(q, k, v, True, 0.2) is None
+    assert "[batch, heads, length, width]" in str(attention.supports(q[0], k[0], v[0], True, 0.2))
+    assert "differ in dtype" in str(attention.supports(q.double(), k, v, True, 0.2))
+    assert "batch size" in str(attention.supports(torch.cat([q, q]), k, v, True, 0.2))
+    assert "head sizes" in str(attention.supports(q, k, v[..., :40], True, 0.2))
+    assert "cannot share" in str(attention.supports(q[:, :3], k, v, True, 0.2))
+    assert "differ" in str(attention.supports(q, k, v[:, :, 1:], True, 0.2))
+    assert "align the diagonal" in str(attention.supports(q, k[:, :, 1:], v[:, :, 1:], True, 0.2))
+    assert attention.supports(q, k[:, :, 1:], v[:, :, 1:], False, 0.2) is None
+    assert "int32" in str(attention.supports(q.int(), k.int(), v.int(), True, 0.2))
+    assert "meta" in str(attention.supports(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.2))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what is refused on a GPU, asked without one
+        x = torch.empty(1, 2, 4, 64, device="cuda")
+        assert "not in float32" in str(attention.supports(x, x, x, True, 0.2))
+        x = torch.empty(*wide[0].shape, device="cuda", dtype=torch.bfloat16)
+        assert "264" in str(attention.supports(x, x, x, True, 0.2))
+        assert "multiples of 8" in str(attention.supports(x[..., :20], x[..., :20], x[..., :20], True, 0.2))
+
+
+def test_flops_are_registered_and_causal_is_half() -> None:
+    q, k, v = make((2, 4, 2, 32, 32, 16))
+    product = 2 * 2 * 4 * 32 * 32 * 16
+    assert attention.flops(q, k, v, False, 0.2) == 2 * product
+    assert attention.flops(q, k, v, True, 0.2) == product
+    with FlopCounterMode(display=False) as counter:
+        out, _ = attention(q.requires_grad_(), k, v, True, 0.2)
+        assert counter.get_total_flops() == product
+        out.sum().backward()
+    assert counter.get_total_flops() == product + 5 * product // 2
+
+
+# -- which library -----------------------------------------------------------------------------------------------------
+
+
+def test_choice_on_the_cpu() -> None:
+    q, k, v = make(SQUARES[1], torch.float32)
+    q, k, v = q.cpu(), k.cpu(), v.cpu()
+    assert choose_backend(q, k, v, True) == "cpu"
+    assert choose_backend(q, k, v[..., :8], True) == "explicit"
+    assert choose_backend(q[:, :, :0], k, v, False) == "explicit"
+    with forced_backend("explicit"):
+        assert choose_backend(q, k, v, True) == "explicit"
+    assert choose_backend(q, k, v, True) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "length", "width", "choice"),
+    [
+        ((9, 0), 91900, 2048, 128, "cudnn"),
+        ((9, 0), 91900, 2047, 64, "cudnn"),
+        ((9, 0), 91002, 2048, 128, "cudnn"),
+        ((9, 0), 91002, 2047, 128, "flash"),  # wrong results before 9.15.1
+        ((9, 0), 91900, 2048, 256, "flash"),
+        ((9, 0), 91900, 1, 128, "flash"),
+        ((10, 0), 91900, 2048, 128, "cudnn"),
+        ((12, 0), 91900, 2048, 128, "flash"),
+        ((8, 0), 91900, 2048, 128, "flash"),
+        ((8, 9), 91900, 2048, 200, "explicit"),
+        ((7, 5), 91900, 2048, 128, "explicit"),
+    ],
+)
+def test_choice_by_device(
+    monkeypatch: pytest.MonkeyPatch, capability: Any, cudnn: int, length: int, width: int, choice: str
+) -> None:
+    monkeypatch.setattr(module, "_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_cudnn_version", lambda: cudnn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with FakeTensorMode():
+        q = torch.empty(2, 8, length, width, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, 2, length, width, device="cuda", dtype=torch.bfloat16)
+        assert choose_backend(q, k, k, True) == choice
+        assert choose_backend(q.float(), k.float(), k.float(), True) == "explicit"
+
+
+@on_cuda
+def test_a_user_can_switch_cudnn_off() -> None:
+    q, k, v = make(MODEL_SIZED[0])
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.FLASH_ATTENTION]):
+        assert choose_backend(q, k, v, True) == "flash"
