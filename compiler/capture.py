@@ -28,12 +28,12 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 
 from ..passes.gradients import reachable_inputs
+from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 
 _higher_order = torch.ops.higher_order
 _INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
 _CARRIED = {getattr(_higher_order, "autograd_function_apply", None)} - {None}
-# What AOTAutograd and Inductor read from Dynamo's graph and its placeholders.
-_MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "shape_env", "compile_subgraph_reason")
+# What AOTAutograd and Inductor read from the placeholders of Dynamo's graph.
 _PLACEHOLDER_META = (
     "example_value",
     "tensor_dict",
@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 def _keep_identity(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Give the new graph the old one's input names and what AOTAutograd knows about them (static parameters)."""
-    for name in _MODULE_ATTRIBUTES:
+    for name in MODULE_ATTRIBUTES:
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
     new.meta.update(old.meta)
@@ -203,6 +203,7 @@ def _keep_identity(old: fx.GraphModule, new: fx.GraphModule) -> None:
         after.target = before.target
         after.meta.update({key: before.meta[key] for key in _PLACEHOLDER_META if key in before.meta})
         after.meta.setdefault("val", before.meta["example_value"])
+        copy_source(before, after)
 
 
 def _tidy(graph: fx.Graph) -> None:

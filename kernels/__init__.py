@@ -1,1 +1,5 @@
 """Operators of the dialect: how each is computed, forward and backward. Importing this registers all of them."""
+
+from . import attention, glu
+
+__all__ = ["attention", "glu"]

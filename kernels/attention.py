@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, out = softmax(q kT * scale [+ causal mask]) v, computed by the fastest library there is.
+"""Scaled dot-product attention, out = softmax(q kT * scale [+ causal mask]) v, by the fastest library there is.
 
 Vaswani et al. 2017, arXiv:1706.03762; never storing the scores: Dao 2023, arXiv:2307.08691; grouped keys and values:
 Ainslie et al. 2023, arXiv:2305.13245. q: [batch, heads, queries, width]; k, v: [batch, kv_heads, keys, width], where
@@ -68,7 +68,7 @@ def _rounded(x: Tensor, like: Tensor) -> Tensor:
 def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, causal, scale)
     lse = torch.logsumexp(scores, dim=-1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ _per_query_head(v, q)
+    out = torch.softmax(scores, dim=-1) @ _per_query_head(v, q)
     return _rounded(out, q), lse.clone(memory_format=torch.contiguous_format)
 
 
@@ -120,7 +120,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Backend:
 
 @contextlib.contextmanager
 def forced_backend(name: Backend | None) -> Iterator[None]:
-    """Run one implementation wherever the operator is called, also in autograd's threads: for tests and measurements."""
+    """Run one implementation in the whole process, autograd's threads included: for tests and measurements."""
     global _forced
     before, _forced = _forced, name
     try:

@@ -19,6 +19,10 @@ from .rewrite import Match, Miss, Recogniser, Refused, apply, module_path, regio
 from .soundness import Unsound, assert_same_mathematics, count_guards
 
 
+# What AOTAutograd and Inductor read from Dynamo's graph module besides its graph.
+MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "shape_env", "compile_subgraph_reason")
+
+
 class CompilerWarning(UserWarning):
     """Something was left out of the compiled graph; the numbers are still right."""
 
@@ -160,18 +164,26 @@ def _verified(
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """An independent copy of the graph; submodules, attributes and node values are shared."""
     graph = fx.Graph()
-    output = graph.graph_copy(gm.graph, value_map := {}, return_output_node=True)
-    assert output is not None
-    value, old = output
+    value_map: dict[fx.Node, fx.Node] = {}
+    copied_output = graph.graph_copy(gm.graph, value_map, return_output_node=True)
+    assert copied_output is not None
+    value, old = copied_output
     graph.output(value).meta.update(old.meta)
     for before, after in value_map.items():
         after.meta = dict(before.meta)
+        copy_source(before, after)
     copied = fx.GraphModule(gm, graph)
-    for name, attribute in vars(gm).items():
-        if name.startswith("_param_name_to_source") or name in ("_source_to_user_stacks", "shape_env"):
-            setattr(copied, name, attribute)
+    for name in MODULE_ATTRIBUTES:
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
     copied.meta.update(gm.meta)
     return copied
+
+
+def copy_source(before: fx.Node, after: fx.Node) -> None:
+    """Hand on Dynamo's note of where an input came from, by which AOTAutograd knows the static parameters."""
+    if hasattr(before, "_dynamo_source"):
+        after._dynamo_source = before._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _site(name: str, node: fx.Node, detail: str, line: str | None = None, how_far: int = 0) -> Site:

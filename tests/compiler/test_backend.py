@@ -1,0 +1,293 @@
+"""The whole way: real architectures, compiled and eager, loss and every gradient."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from unsloth.compiler import backend as backend_module
+from unsloth.compiler.backend import compile_graph
+from unsloth.compiler.logits import DroppedLogits, DroppedLogitsError
+from unsloth.compiler.options import OptionError, Options
+from unsloth.compiler.report import GraphReport
+from unsloth.compiler.run import compiled
+from unsloth.models import presets
+from unsloth.passes.recognise import RECOGNISERS
+from unsloth.passes.runner import CompilerWarning
+
+from tests.toy import Raising
+
+TINY = ["tiny-llama", "tiny-qwen3", "tiny-mistral", "tiny-gemma2", "tiny-phi3"]
+TRAINED_ON = {"use_cache": False}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(length: int = 16, seed: int = 0, size: int = 2) -> dict[str, Any]:
+    ids = torch.randint(1, 100, (size, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids, **TRAINED_ON}
+
+
+def model(name: str, *, lora: float | None = None, **kwargs: Any) -> nn.Module:
+    """A preset, bare or with LoRA on every linear layer, B random; ``lora`` is its dropout."""
+    built = presets.build(name, **kwargs)
+    if lora is not None:
+        peft = pytest.importorskip("peft", reason="needs peft")
+        config = peft.LoraConfig(r=4, lora_dropout=lora, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(1)
+        built = peft.get_peft_model(built, config)
+    return built.train()
+
+
+def step(run: Any, owner: nn.Module, inputs: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    owner.zero_grad(set_to_none=True)
+    torch.manual_seed(7)
+    loss = run(**inputs).loss
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in owner.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: Any, eager: Any, loss_tolerance: float = 1e-5, tolerance: float = 1e-4) -> None:
+    assert abs(ours[0] - eager[0]) <= loss_tolerance * abs(eager[0])
+    assert ours[1].keys() == eager[1].keys() and eager[1]
+    for name, gradient in eager[1].items():
+        assert gradient.norm() > 0, name
+        assert (ours[1][name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.mark.parametrize("lora", [None, 0.0, 0.1], ids=["bare", "lora", "lora-dropout"])
+@pytest.mark.parametrize("name", TINY)
+def test_eager_lowering_equals_eager(name: str, lora: float | None) -> None:
+    owner = model(name, lora=lora)
+    reports: list[GraphReport] = []
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports)
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    (report,) = reports
+    counts = {p.name: len(p.rewritten) for p in report.passes}
+    assert counts["rms_norm"] >= 5 and counts["rope"] == 2 and counts["glu"] == 2
+    assert report.fallback is None
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "budget"),
+    [("tiny-llama", 0.1, None), ("tiny-qwen3", None, 0), ("tiny-gemma2", 0.0, None), ("tiny-phi3", 0.1, 0)],
+)
+def test_inductor_lowering_equals_eager(name: str, lora: float | None, budget: int | None) -> None:
+    owner = model(name, lora=lora)
+    reports: list[GraphReport] = []
+    with torch._inductor.config.patch(fallback_random=True):
+        run = compiled(owner, Options(strict=True, memory_budget=budget), reports)
+        assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    plan = reports[0].partitioner.last_plan
+    assert plan.policy == ("keep" if budget is None else "recompute") and plan.saved_bytes > 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_two_graphs_serve_ten_lengths(size: int) -> None:
+    owner = model("tiny-llama", lora=0.0)
+    reports: list[GraphReport] = []
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports)
+    for length in (16, 17, 23, 31, 32, 33, 40, 48, 57, 64):
+        inputs = batch(length, size=size)
+        assert_same(step(run, owner, inputs), step(owner, owner, inputs))
+    assert len(reports) <= 2
+
+
+def test_padded_batch_equals_eager() -> None:
+    owner = model("tiny-llama")
+    inputs = batch()
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, 11:] = 0
+    inputs |= {"attention_mask": mask, "labels": inputs["input_ids"].masked_fill(mask == 0, -100)}
+    run = compiled(owner, Options(strict=True, lowering="eager"), [])
+    assert_same(step(run, owner, inputs), step(owner, owner, inputs))
+
+
+def test_packed_batch_equals_eager() -> None:
+    owner = model("tiny-llama")
+    inputs = batch(size=1)
+    inputs["position_ids"] = torch.cat([torch.arange(6), torch.arange(10)])[None]
+    run = compiled(owner, Options(strict=True, lowering="eager"), [])
+    together = step(run, owner, inputs)
+    assert_same(together, step(owner, owner, inputs))
+    assert abs(together[0] - step(owner, owner, batch(size=1))[0]) > 1e-6  # the documents do matter
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_equals_eager(dtype: torch.dtype) -> None:
+    owner = model("tiny-llama", lora=0.0)
+    run = compiled(owner, Options(strict=True, lowering="eager"), [])
+
+    def under(function):
+        def call(**inputs):
+            with torch.autocast("cpu", dtype=dtype):
+                return function(**inputs)
+
+        return call
+
+    # Summation orders differ in the low precision; float32 eager is the truth that both are compared with.
+    truth = step(owner, owner, batch())
+    eager, ours = step(under(owner), owner, batch()), step(under(run), owner, batch())
+    for name, gradient in truth[1].items():
+        error = [float((s[1][name] - gradient).norm() / gradient.norm()) for s in (ours, eager)]
+        assert error[0] <= 1.2 * error[1] + 4 * torch.finfo(dtype).eps, (name, error)
+
+
+def test_gradient_checkpointing_is_inlined() -> None:
+    owner = model("tiny-llama")
+    owner.gradient_checkpointing_enable({"use_reentrant": False})
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports := [])
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    assert len(reports[0].rewritten) >= 9
+
+
+def test_options_are_checked() -> None:
+    owner = model("tiny-llama")
+    with pytest.raises(Exception, match="did you mean 'memory_budget'") as error:
+        torch.compile(owner, backend=backend_module.unsloth, options={"memory_buget": 1})(**batch())
+    assert isinstance(error.value, OptionError) or "OptionError" in str(error.value)
+
+
+def test_a_disabled_pass_leaves_its_formula_alone() -> None:
+    owner = model("tiny-llama")
+    run = compiled(owner, Options(strict=True, lowering="eager", disable=("rope",)), reports := [])
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    assert "rope" not in {p.name for p in reports[0].passes}
+
+
+def test_dropped_logits() -> None:
+    owner = model("tiny-llama")
+    run = compiled(owner, Options(strict=True, lowering="eager", logits="drop"), [])
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    logits = run(**batch()).logits
+    assert isinstance(logits, DroppedLogits) and logits.shape == owner(**batch()).logits.shape
+    with pytest.raises(DroppedLogitsError, match="keep"):
+        logits.float()
+    # Without a loss the logits are what the caller is after.
+    only = {k: v for k, v in batch().items() if k != "labels"}
+    torch.testing.assert_close(run(**only).logits, owner(**only).logits)
+
+
+def test_dropped_logits_know_their_symbolic_shape() -> None:
+    owner = model("tiny-llama")
+    run = compiled(owner, Options(strict=True, lowering="eager", logits="drop"), [])
+    for length in (16, 17, 23):
+        assert run(**batch(length)).logits.shape == (2, length, owner.config.vocab_size)
+
+
+# -- the backend never makes a working model fail ---------------------------------------------------------------------
+
+STAGES = ["retrace", "run_passes", "lower"]
+
+
+def injected(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("deliberate")
+
+    monkeypatch.setattr(backend_module, stage, fail)
+
+
+def warned(run: Any, owner: nn.Module) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = step(run, owner, batch())
+    return result, [str(w.message) for w in caught if issubclass(w.category, CompilerWarning)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failing_stage_leaves_the_graph_to_what_is_left(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = model("tiny-llama", lora=0.0)
+    injected(stage, monkeypatch)
+    result, messages = warned(compiled(owner, Options(lowering="eager"), reports := []), owner)
+    assert_same(result, step(owner, owner, batch()))
+    assert messages == ["unsloth: a graph is left to Inductor as it is: ZeroDivisionError: deliberate"]
+    assert reports[0].fallback == "ZeroDivisionError: deliberate"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_strict_raises_instead(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = model("tiny-llama")
+    injected(stage, monkeypatch)
+    with pytest.raises(Exception, match="deliberate"):
+        compiled(owner, Options(lowering="eager", strict=True), [])(**batch())
+
+
+@pytest.mark.parametrize("index", range(len(RECOGNISERS)))
+def test_a_failing_pass_leaves_the_others(index: int) -> None:
+    owner = model("tiny-llama", lora=0.0)
+    passes = list(RECOGNISERS)
+    passes[index] = Raising(passes[index].name)
+    result, messages = warned(compiled(owner, Options(lowering="eager"), reports := [], passes), owner)
+    assert_same(result, step(owner, owner, batch()))
+    assert messages == [f"unsloth: pass {passes[index].name} was left out: ValueError: deliberate"]
+    assert all(p.rewritten for i, p in enumerate(reports[0].passes) if i != index)
+
+
+def test_a_failing_memory_plan_leaves_the_partition_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unsloth.passes.memory.partition import Partitioner
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("deliberate")
+
+    monkeypatch.setattr(Partitioner, "choose", fail)
+    owner = model("tiny-llama")
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        result, messages = warned(compiled(owner, Options(), []), owner)
+    assert_same(result, step(owner, owner, batch()))
+    assert messages == ["unsloth: the memory plan was left out: ZeroDivisionError: deliberate"]
+
+
+def test_a_kernel_that_fails_is_switched_off_and_the_graph_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unsloth.kernels.operator import OPERATORS, KernelWarning
+
+    operator = OPERATORS["swiglu"]
+    monkeypatch.setattr(operator, "devices", ("cpu",))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(operator, "forward", fail)
+    monkeypatch.setattr(operator, "disabled", None)
+    owner = model("tiny-llama")
+    reports: list[GraphReport] = []
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports)
+    with pytest.warns(KernelWarning, match="swiglu kernel failed and is switched off: RuntimeError: no such"):
+        first = step(run, owner, batch())
+    assert_same(first, step(owner, owner, batch()))
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+    glu = [next(p for p in r.passes if p.name == "glu") for r in reports]
+    assert [len(p.rewritten) for p in glu] == [2, 0]
+    assert "switched off" in glu[1].missed[0].detail
+
+
+def test_the_backend_is_found_by_its_name() -> None:
+    assert "unsloth" in torch._dynamo.list_backends()
+    owner = model("tiny-llama")
+    run = torch.compile(owner, backend="unsloth", options={"strict": True, "lowering": "eager"})
+    assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+
+
+def test_evaluation_without_gradients() -> None:
+    owner = model("tiny-llama").eval()
+    run = compiled(owner, Options(strict=True), [])
+    with torch.no_grad():
+        torch.testing.assert_close(run(**batch()).loss, owner(**batch()).loss)
+
+
+def test_compile_graph_reports_what_it_did() -> None:
+    seen: list[GraphReport] = []
+    owner = model("tiny-llama")
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        return compile_graph(gm, example_inputs, Options(lowering="eager"), observe=seen.append)
+
+    torch.compile(owner, backend=backend)(**batch())
+    assert seen[0].capture_seconds > 0 and seen[0].nodes[0] > seen[0].nodes[1] > 0

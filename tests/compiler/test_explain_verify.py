@@ -1,0 +1,149 @@
+"""`explain` says what was recognised and what was not; `verify` notices a wrong gradient and names the pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from unsloth import explain, verify
+from unsloth.compiler.options import OptionError
+from unsloth.compiler.run import BatchError
+from unsloth.kernels.operator import operator
+from unsloth.models import presets
+from unsloth.passes.recognise import RECOGNISERS
+from unsloth.passes.rewrite import Match, Miss
+
+
+def batch() -> dict[str, Any]:
+    ids = torch.randint(1, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_explain_counts_every_operator() -> None:
+    explanation = explain(presets.build("tiny-llama"), batch())
+    assert explanation.counts == {"rms_norm": (5, 5), "rope": (2, 2), "glu": (2, 2), "attention": (2, 2)}
+    text = str(explanation)
+    assert "LlamaForCausalLM, all parameters trained, float32     1 graph, 0 breaks" in text
+    assert "0–1" in text and "2/2" in text and "round, then scale" in text
+
+
+def test_explain_shows_near_misses_with_reason_and_source_line() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+            self.head = nn.Linear(8, 1)
+
+        def forward(self, x):
+            centred = x - x.mean(-1, keepdim=True)
+            y = self.weight * (centred * torch.rsqrt((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-6))
+            return self.head(y).sum()
+
+    explanation = explain(Norm(), (torch.randn(2, 8),))
+    (miss,) = explanation.missed
+    assert miss.operator == "rms_norm" and miss.detail == "x is not the same value twice"
+    assert (miss.source_line or "").startswith("test_explain_verify.py:")
+    assert "missed      rms_norm in graph: x is not the same value twice  (test_explain_verify.py:" in str(explanation)
+
+
+def test_explain_leaves_the_model_as_it_was() -> None:
+    model = presets.build("tiny-llama")
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    explain(model, batch())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gemma2"])
+def test_verify_accepts_the_same_step(name: str) -> None:
+    result = verify(presets.build(name).train(), batch(), options={"lowering": "eager"})
+    assert result.ok and result.first_deviation is None and not result.missing
+    assert "same training step" in str(result) and len(result.gradients) > 10
+
+
+def test_verify_in_bfloat16_compares_with_a_float32_run() -> None:
+    result = verify(presets.build("tiny-llama", dtype=torch.bfloat16), batch(), options={"lowering": "eager"})
+    assert result.ok and result.loss_float32 is not None
+
+
+def test_verify_keeps_gradients_and_random_state() -> None:
+    model = presets.build("tiny-llama")
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    verify(model, batch(), options={"lowering": "eager"})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert float(model.lm_head.weight.grad.min()) == 1.0 and model.model.norm.weight.grad is None
+
+
+def _wrong(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def _wrong_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, needs: list[bool]) -> Any:
+    return grad * up, grad * torch.nn.functional.silu(gate)  # the derivative of silu is forgotten
+
+
+wrong_glu = operator(
+    "wrong_glu(Tensor gate, Tensor up) -> (Tensor y)",
+    reference=_wrong,
+    reference_backward=_wrong_backward,
+    forward=_wrong,
+    backward=_wrong_backward,
+    saves="gate up",
+    differentiable="gate up",
+    gradients_of="y",
+    supports=lambda gate, up: None,
+    flops=lambda gate, up: gate.numel(),
+    backward_flops=lambda gate, up: gate.numel(),
+)
+
+
+class WrongGlu:
+    """Recognises gated linear units rightly and gives them a wrong backward: the loss stays right."""
+
+    name = "glu"
+
+    def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
+        (glu,) = (r for r in RECOGNISERS if r.name == "glu")
+        for item in glu.find(graph):
+            yield dataclasses.replace(item, operator=wrong_glu) if isinstance(item, Match) else item
+
+
+def test_verify_notices_a_wrong_gradient_behind_a_right_loss() -> None:
+    passes = [WrongGlu() if r.name == "glu" else r for r in RECOGNISERS]
+    result = verify(presets.build("tiny-llama"), batch(), options={"lowering": "eager"}, recognisers=passes)
+    assert not result.ok and abs(result.loss_compiled - result.loss_eager) < 1e-5
+    assert result.first_deviation == "pass glu"
+    assert "NOT the same training step" in str(result) and "first after pass glu" in str(result)
+
+
+def test_verify_is_not_fooled_by_nan() -> None:
+    from unsloth.compiler.verify import _compare
+
+    nan = float("nan"), {"w": torch.full((2,), float("nan"))}
+    good = 1.0, {"w": torch.ones(2)}
+    assert not _compare(nan, good, good, 1e-4).ok
+    assert not _compare((float("nan"), good[1]), good, good, 1e-4).ok
+    assert _compare(good, good, good, 1e-4).ok
+
+
+def test_verify_notices_a_vanished_gradient() -> None:
+    from unsloth.compiler.verify import _compare
+
+    good = 1.0, {"w": torch.ones(2), "v": torch.ones(2)}
+    assert _compare((1.0, {"w": torch.ones(2)}), good, good, 1e-4).missing == ["v"]
+    assert _compare((1.0, {"w": torch.ones(2), "v": torch.zeros(2)}), good, good, 1e-4).missing == ["v"]
+
+
+def test_bad_input_is_named() -> None:
+    model = presets.build("tiny-llama")
+    with pytest.raises(BatchError, match="no scalar loss"):
+        explain(model, {"input_ids": batch()["input_ids"]})
+    with pytest.raises(OptionError, match="did you mean 'strict'"):
+        verify(model, batch(), options={"strickt": True})
