@@ -1,42 +1,52 @@
 # Everything runs in .venv, which the targets set up. TORCH chooses the build of PyTorch, for example
 #   make test TORCH=torch==2.13.0
-# It is repeated in every install command, because a package that wants torchvision would replace it without a word.
+# It is a constraint on every install, because a package that wants torchvision would replace PyTorch without a word.
 PYTHON ?= python3
 TORCH  ?= torch
-PIP     = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-RUN     = .venv/bin/python
 JOBS   ?= 2
+ARGS   ?= --shape tiny-llama --mode lora --batch 2 --seq 64 --device cpu --systems ours,inductor,hf
 
-.PHONY: help test check demo clean
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
+# A stamp per choice of PyTorch: a second run installs nothing, another TORCH or a changed pyproject.toml does.
+STAMP = .venv/installed-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
+
+.PHONY: help install test check demo bench clean
 
 help:
-	@echo "make test    set up .venv and run the tests        (TORCH=torch==2.13.0 chooses PyTorch)"
-	@echo "make check   lint, formatting, types and layering"
-	@echo "make demo    set up .venv, explain, verify and train a small model through the backend"
-	@echo "make clean   remove .venv and build products"
+	@echo "make install   set up .venv                     (TORCH=torch==2.13.0 chooses PyTorch)"
+	@echo "make test      run the tests, JOBS=$(JOBS) at a time"
+	@echo "make check     lint, formatting, types and layering"
+	@echo "make demo      explain, verify and train a small model through the backend, on any machine"
+	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"
+	@echo "make clean     remove .venv and what was built"
 
-# A stamp per choice of torch: a second run installs nothing, another TORCH or a changed pyproject.toml does.
-STAMP = .venv/.installed-$(subst /,_,$(TORCH))
+install: $(STAMP)
 
 $(STAMP): pyproject.toml
-	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) --upgrade pip "setuptools>=77"
-	$(PIP) "$(TORCH)" numpy
-	$(PIP) "$(TORCH)" --no-build-isolation --editable ".[test,dev]"
-	rm -f .venv/.installed-*
-	touch "$@"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	echo '$(TORCH)' > .venv/constraints.txt
+	$(PIP) --upgrade pip 'setuptools>=77'
+	$(PIP) '$(TORCH)' numpy
+	$(PIP) --no-build-isolation --editable '.[test,dev]'
+	rm -f .venv/installed-*
+	touch $@
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -c tests/pytest.ini --rootdir . -n $(JOBS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 check: $(STAMP)
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/pyright --pythonpath .venv/bin/python
-	.venv/bin/lint-imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 demo: $(STAMP)
-	$(RUN) examples/demo.py
+	$(BIN)/python examples/demo.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

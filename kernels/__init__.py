@@ -1,5 +1,5 @@
 """Operators of the dialect: how each is computed, forward and backward. Importing this registers all of them."""
 
-from . import attention, glu
+from . import attention, glu, rms_norm, rope
 
-__all__ = ["attention", "glu"]
+__all__ = ["attention", "glu", "rms_norm", "rope"]

@@ -1,21 +1,21 @@
 """Root-mean-square normalisation, y = x / rms(x) * (weight + offset) with rms(x) = sqrt(mean(x^2) + eps).
 
-Zhang & Sennrich 2019, arXiv:1910.07467. x: [..., hidden], weight: [hidden]; statistics and arithmetic in float32 (float64
-in float64). Models differ in where they round, and so in y's dtype:
+Zhang & Sennrich 2019, arXiv:1910.07467. x: [..., hidden], weight: [hidden]; statistics and arithmetic in float32
+(float64 in float64). Models differ in where they round, and so in y's dtype:
 
 * ``round_first``: the normalised x returns to x's dtype, then it is scaled: y has the promotion of x's and weight's
   dtypes (Llama; float32 for bf16 x and float32 weight);
 * otherwise it is scaled in float32 and rounded once, to x's dtype (Gemma with offset 1, OLMo 2, T5).
 
-rstd = 1 / rms(x), float32, of shape x.shape[:-1], is what backward wants besides x and weight. With n = x * rstd and
-g = dy * (weight + offset):
+y has x's order in memory, as after any elementwise operation. rstd = 1 / rms(x), float32, of shape x.shape[:-1] and in
+that order too, is what backward wants besides x and weight. With n = x * rstd and g = dy * (weight + offset):
 
     dx = rstd * (g - n * mean(g * n)),    dweight = sum over rows of dy * n.
 
-Every kernel reads its rows once and holds them in registers. For r rows of bf16, forward moves 4 * r * hidden bytes (x, y) and
-backward 6 * r * hidden (dy, x, dx), the weight and rstd being negligible: 8192 x 4096 is 134 MB and 201 MB, at least 45 us and
-68 us at 2.97 TB/s (H100 copy), 31 us and 47 us at 4.3 TB/s (H200). The trainable weight's gradient adds two passes over
-[programs, hidden] float32, 3% here; it is summed in a fixed order, so it is the same in every run on one device.
+Rows are read once and held in registers. For r rows of bf16, forward moves 4 * r * hidden bytes (x, y) and backward
+6 * r * hidden (dy, x, dx), weight and rstd being negligible: 8192 x 4096 is 134 MB and 201 MB, at least 45 us and 68 us
+at 2.97 TB/s (H100 copy), 31 us and 47 us at 4.3 TB/s (H200). The trainable weight's gradient writes and reads
+[programs, hidden] float32 besides, 9% more; it is summed in a fixed order, the same in every run on a device.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _reference_backward(
         g = grad * (_wide(weight) + offset)
         grad_x = _like(x, rstd.unsqueeze(-1) * (g - normed * (g * normed).mean(-1, keepdim=True)), x.dtype)
     if needs[1]:
-        grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = (grad * normed).reshape(math.prod(x.shape[:-1]), x.shape[-1]).sum(0).to(weight.dtype)
     return grad_x, grad_weight
 
 
@@ -94,7 +94,7 @@ def _reference_backward(
 @triton.jit
 def _tile(start, rows, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Row numbers [ROWS], columns [BLOCK], and which of the tile's elements exist (None: all)."""
-    row = start.to(tl.int64) + tl.arange(0, ROWS)
+    row = (start + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     if ROWS > 1:
         inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
@@ -117,7 +117,7 @@ def _load_scale(weight, offset, column, HIDDEN: tl.constexpr):
     return (tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,
     weight,
@@ -143,7 +143,7 @@ def _forward_kernel(
     tl.store(y + row[:, None] * HIDDEN + column[None, :], normed * scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad,
     x,
@@ -161,7 +161,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program takes every num_programs-th tile; without NEED_WEIGHT there are enough programs for one tile each."""
+    """Each program takes every num_programs-th tile; without NEED_WEIGHT there are programs for one tile each."""
     program = tl.program_id(0)
     scale = _load_scale(weight, offset, tl.arange(0, BLOCK), HIDDEN)
     total = tl.zeros([ROWS, BLOCK], tl.float32)

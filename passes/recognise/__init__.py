@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from ..rewrite import Recogniser
-from . import glu
+from . import attention, glu, rms_norm, rope
 
 # In this order: a formula that contains another comes first.
-RECOGNISERS: tuple[Recogniser, ...] = (glu.RECOGNISER,)
+RECOGNISERS: tuple[Recogniser, ...] = (
+    rms_norm.RECOGNISER,
+    rope.RECOGNISER,
+    glu.RECOGNISER,
+    attention.RECOGNISER,
+)

@@ -68,7 +68,7 @@ def same(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def align(index: Index, operand: Shape, result: Shape) -> Index | None:
-    """Broadcasting: the index into an operand for an index into the result; None when a size is not known well enough."""
+    """Broadcasting: the index into an operand for an index into the result; None where sizes are not known to agree."""
     lead = len(result) - len(operand)
     if lead < 0:
         return None
@@ -194,7 +194,13 @@ def _divides(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(
-        (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default),
+        (
+            aten.clone.default,
+            aten.contiguous.default,
+            aten.alias.default,
+            aten.detach.default,
+            aten.lift_fresh_copy.default,
+        ),
         _unchanged,
     ),
     **dict.fromkeys((aten.expand.default, aten.broadcast_to.default, aten.expand_as.default), _expand),

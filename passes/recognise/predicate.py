@@ -8,7 +8,7 @@ range are decided when they are made, by bounds that are linear in the variables
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,7 @@ class Domain:
         minimum = expression
         for variable, size in self.sizes.items():
             factor = expression.coeff(variable, 1)
-            if not factor.is_Integer:
+            if not isinstance(factor, sympy.Integer):
                 return False
             minimum -= factor * (variable - (size - 1 if factor < 0 else 0))
         minimum = sympy.expand(minimum)
@@ -117,7 +117,7 @@ def conjunction(formulas: Iterable[Formula]) -> Formula:
         parts |= formula.parts if isinstance(formula, And) else set() if formula is True else {formula}
     if any(negation(p) in parts for p in parts):
         return False
-    parts = _strongest(parts, min)
+    parts = _one_of_each(parts, min)
     return next(iter(parts), True) if len(parts) < 2 else And(frozenset(parts))
 
 
@@ -129,7 +129,7 @@ def disjunction(formulas: Iterable[Formula]) -> Formula:
         parts |= formula.parts if isinstance(formula, Or) else set() if formula is False else {formula}
     if any(negation(p) in parts for p in parts):
         return True
-    parts = _strongest(parts, max)
+    parts = _one_of_each(parts, max)
     return next(iter(parts), False) if len(parts) < 2 else Or(frozenset(parts))
 
 
@@ -137,10 +137,14 @@ def select(condition: Formula, yes: Formula, no: Formula) -> Formula:
     """``yes`` where the condition holds, ``no`` elsewhere."""
     if yes == no:
         return yes
+    if yes is True or no is False:
+        return disjunction([condition, no]) if yes is True else conjunction([condition, yes])
+    if yes is False or no is True:
+        return conjunction([negation(condition), no]) if yes is False else disjunction([negation(condition), yes])
     return disjunction([conjunction([condition, yes]), conjunction([negation(condition), no])])
 
 
-def _strongest(parts: set[Formula], pick: type[min] | type[max]) -> set[Formula]:  # type: ignore[valid-type]
+def _one_of_each(parts: set[Formula], pick: Callable[[list[sympy.Expr]], sympy.Expr]) -> set[Formula]:
     """Of inequalities that differ only in their constant one says it all: e + 1 ≥ 0 follows from e ≥ 0."""
     constants: dict[sympy.Expr, list[sympy.Expr]] = {}
     others: set[Formula] = set()

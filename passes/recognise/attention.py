@@ -1,0 +1,124 @@
+"""Scaled dot-product attention, with the mask proven and grouped keys and values handed over as they are stored.
+
+A mask goes into the operator only as a flag that was proven (:mod:`mask`); any other mask keeps PyTorch's attention
+and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is seen through where key
+and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the operator reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...kernels.attention import attention
+from ..rewrite import Match, Miss, source_line, value
+from .indexing import ZERO, Index, Shape, arguments, integer, operand_of, shape_of
+from .mask import Kept, Mask, prove
+
+aten = torch.ops.aten
+
+_INDEX = sympy.symbols("batch head position channel", integer=True, nonnegative=True)
+
+
+class Attention:
+    """Finds scaled dot-product attention that is causal, or sees every key."""
+
+    name = "attention"
+
+    def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
+        proofs: dict[tuple[fx.Node, Shape], Mask | Kept] = {}  # layers share their masks
+        for node in graph.nodes:
+            if node.target is aten.scaled_dot_product_attention.default:
+                yield _site(node, proofs)
+
+
+def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept]) -> Match | Miss:
+    given = arguments(node)
+    q, k, v = given["query"], given["key"], given["value"]
+    if reason := _problem(q, k, v, given):
+        return Miss(reason, node, source_line(node), 1)
+    causal = given["is_causal"]
+    if (tensor := given["attn_mask"]) is not None:
+        scores = (*value(q).shape[:3], value(k).shape[2])
+        key = tensor, tuple(map(integer, scores))
+        if key not in proofs:
+            proofs[key] = prove(tensor, scores)
+        mask = proofs[key]
+        if isinstance(mask, Kept):
+            return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
+        if mask.window is not None:
+            return Miss(f"{mask}: no kernel for a window yet, the mask is kept", node, source_line(tensor), 2)
+        causal = mask.causal
+    if causal and not statically_known_true(value(q).shape[2] == value(k).shape[2]):
+        reason = (
+            f"causal with {value(q).shape[2]} queries and {value(k).shape[2]} keys, whose alignment kernels differ on"
+        )
+        return Miss(reason, node, source_line(node), 2)
+    scale = value(q).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
+    k, v, inner = _stored(k, v, value(q).shape[1])
+    variant = "causal" if causal else "everything visible"
+    return Match(attention, (q, k, v, causal, scale), {node: 0}, frozenset({node, *inner}), variant, (0, 1, 2))
+
+
+def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str | None:
+    """Why this attention is none of ours, whatever its mask."""
+    if given["dropout_p"] != 0.0:
+        return f"attention weights are dropped with probability {given['dropout_p']}"
+    shapes = [value(x).shape for x in (q, k, v)]
+    if any(len(shape) != 4 for shape in shapes):
+        return "q, k and v are not [batch, heads, length, width]"
+    if not isinstance(shapes[0][3] if given["scale"] is None else given["scale"], (int, float)):
+        return "the scale is not known when compiling"
+    heads = [shape[1] for shape in shapes]
+    if not given["enable_gqa"] and not all(statically_known_true(h == heads[0]) for h in heads):
+        return f"{heads[0]} query, {heads[1]} key and {heads[2]} value heads without enable_gqa"
+    return None
+
+
+def _stored(k: fx.Node, v: fx.Node, heads: int | torch.SymInt) -> tuple[fx.Node, fx.Node, set[fx.Node]]:
+    """k and v before they were repeated for each query head, and the nodes that only did that."""
+    (stored_k, k_path), (stored_v, v_path) = _unrepeated(k, heads), _unrepeated(v, heads)
+    if not statically_known_true(value(stored_k).shape[1] == value(stored_v).shape[1]):
+        return k, v, set()
+    inner: set[fx.Node] = set()
+    for path in (k_path, v_path):
+        for node in path:
+            if len(node.users) > 1:
+                break
+            inner.add(node)
+    return stored_k, stored_v, inner
+
+
+def _unrepeated(x: fx.Node, heads: int | torch.SymInt) -> tuple[fx.Node, list[fx.Node]]:
+    """The tensor whose head ``h // n`` is head ``h`` of x, and the views from x up to it; x itself if there is none."""
+    batch, head, position, channel = _at(x, _INDEX)
+    node, index, path = x, (batch, head, position, channel), []
+    while (source := operand_of(node, index)) is not None:
+        path.append(node)
+        node, index = source
+        if isinstance(heads, int) and (repeats := _repeats(node, x, heads)):
+            if index == _at(node, (batch, sympy.floor(head / repeats), position, channel)):
+                return node, path
+    return x, []
+
+
+def _repeats(stored: fx.Node, x: fx.Node, heads: int) -> int | None:
+    """How often each head would be repeated to make x of a tensor, if that is all that tells their shapes apart."""
+    old, new = value(stored).shape, value(x).shape
+    if len(old) != 4 or not isinstance(old[1], int) or heads % old[1] or old[1] == heads:
+        return None
+    alike = all(statically_known_true(old[d] == new[d]) for d in (0, 2, 3))
+    return heads // old[1] if alike else None
+
+
+def _at(x: fx.Node, index: Index) -> Index:
+    """The index, where a dimension of one element has but one."""
+    return tuple(ZERO if size == 1 else i for i, size in zip(index, shape_of(x), strict=True))
+
+
+RECOGNISER = Attention()

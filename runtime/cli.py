@@ -1,0 +1,193 @@
+"""The command line: ``unsloth explain``, ``unsloth verify``, ``unsloth env``. It prints what the functions return.
+
+Exit codes: 0 done; 1 the answer is no (``verify``), or the work failed; 2 the question was wrong; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import enum
+import platform
+import shutil
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, which `--help` should not
+    from torch import nn
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="unsloth",
+    help='Fine-tune language models through torch.compile(model, backend="unsloth").',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DType(enum.StrEnum):
+    """Precision of the weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A preset (tiny-llama, tiny-gemma2, llama-1b, ...: random weights), a folder with config.json, or a hub id.",
+    ),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Sequences in the batch.")]
+Seq = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+Lora = Annotated[bool, typer.Option(help="Freeze the model and train LoRA adapters on every linear layer (PEFT).")]
+Dtype = Annotated[DType | None, typer.Option(help="Precision of the weights.  [default: bf16 on a GPU, else fp32]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...  [default: the GPU, if there is one]")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend, such as disable=rms_norm."),
+]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        Console().print(f"unsloth {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def explain(
+    model: Model,
+    batch: Batch = 2,
+    seq: Seq = 64,
+    lora: Lora = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    option: Setting = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """What is recognised in a model's training graph, what nearly is, and why not."""
+    options = _options(option)
+    subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
+    from ..compiler.explain import explain as ask
+
+    with _busy(f"tracing {model}"):
+        explanation = ask(subject, inputs, options=options)
+    _print(explanation)
+
+
+@app.command()
+def verify(
+    model: Model,
+    batch: Batch = 2,
+    seq: Seq = 64,
+    lora: Lora = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    option: Setting = None,
+    trust_remote_code: Remote = False,
+) -> None:
+    """Whether the compiled step is the same training step: loss and every gradient, on random tokens."""
+    options = _options(option)
+    subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
+    from ..compiler.verify import verify as ask
+
+    with _busy(f"compiling {model} and comparing it with eager"):
+        verification = ask(subject, inputs, options=options)
+    _print(verification)
+    if not verification.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def env() -> None:
+    """Versions and device, for a bug report."""
+    import torch
+
+    rows = {"unsloth": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes"):
+        try:
+            rows[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            rows[package] = "–"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            rows[f"cuda:{index}"] = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
+    else:
+        rows["device"] = "cpu (torch sees no GPU)"
+    rows["compiler"] = shutil.which("g++") or shutil.which("clang++") or "none: Inductor needs a C++ compiler"
+    _print("\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+
+
+def main() -> None:
+    """The ``unsloth`` command."""
+    try:
+        app()
+    except ValueError as error:
+        from ..compiler.options import OptionError
+        from ..compiler.run import BatchError
+        from ..models.load import ModelError
+
+        if not isinstance(error, (BatchError, ModelError, OptionError)):
+            raise
+        # Ours say what was wrong with the question; where they were raised helps nobody.
+        Console(stderr=True).print(f"unsloth: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:  # while importing; while a command runs typer turns it into the same code
+        sys.exit(INTERRUPTED)
+
+
+def _print(result: Any) -> None:
+    # Tables keep their columns: no wrapping, and nothing in a module's path is markup.
+    Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
+
+
+def _busy(what: str) -> Any:
+    return Console(stderr=True).status(what)
+
+
+def _subject(
+    name: str, batch: int, seq: int, lora: bool, dtype: DType | None, device: str | None, trust_remote_code: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that is asked about, and a batch for it."""
+    import torch
+
+    from ..models.load import ModelError, load, random_batch, with_lora
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(place).type
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"no device {place!r}: {str(error).splitlines()[0]}") from error
+    types = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
+    precision = types[dtype or (DType.fp32 if kind == "cpu" else DType.bf16)]
+    with _busy(f"loading {name}"):
+        model = load(name, dtype=precision, device=place, trust_remote_code=trust_remote_code)
+        subject = with_lora(model) if lora else model
+    return subject, random_batch(model, batch, seq)
+
+
+def _options(given: list[str] | None) -> dict[str, Any]:
+    """``["strict=true", "disable=rope,rms_norm", "memory_budget=24GiB"]`` as the backend takes them."""
+    words: dict[str, Any] = {"true": True, "false": False}
+    options: dict[str, Any] = {}
+    for setting in given or []:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} is not NAME=VALUE", param_hint="--option")
+        options[name] = value.split(",") if name == "disable" else words.get(value, value)
+    return options
