@@ -93,23 +93,16 @@ def _reference_backward(
 
 @triton.jit
 def _tile(start, rows, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row numbers [ROWS], columns [BLOCK], and which of the tile's elements exist (None: all)."""
+    """Row numbers [ROWS], columns [BLOCK], and which elements of the tile exist."""
     row = (start + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    if ROWS > 1:
-        inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-    elif BLOCK > HIDDEN:
-        inside = (column < HIDDEN)[None, :]
-    else:
-        inside = None
+    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
     return row, column, inside
 
 
 @triton.jit
 def _load(base, row, stride, column, inside):
-    at = base + row[:, None] * stride + column[None, :]
-    values = tl.load(at) if inside is None else tl.load(at, mask=inside, other=0.0)
-    return values.to(tl.float32)
+    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -163,7 +156,6 @@ def _backward_kernel(
 ):
     """Each program takes every num_programs-th tile; without NEED_WEIGHT there are programs for one tile each."""
     program = tl.program_id(0)
-    scale = _load_scale(weight, offset, tl.arange(0, BLOCK), HIDDEN)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row, column, inside = _tile(start, rows, HIDDEN, ROWS, BLOCK)
@@ -173,8 +165,8 @@ def _backward_kernel(
         if NEED_WEIGHT:
             total += dy * normed
         if NEED_X:
-            g = dy * scale
-            mean = tl.sum(g * normed, axis=1)[:, None] / HIDDEN
+            g = dy * _load_scale(weight, offset, column, HIDDEN)  # from cache: its registers are worth more
+            mean = tl.sum(g * normed, axis=1, keep_dims=True) / HIDDEN
             tl.store(grad_x + row[:, None] * HIDDEN + column[None, :], (g - normed * mean) * r, mask=inside)
     if NEED_WEIGHT:
         column = tl.arange(0, BLOCK)

@@ -108,4 +108,6 @@ def _folder(name: str) -> Path | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json"))
+    return any(
+        any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+    )

@@ -187,10 +187,16 @@ _BOUNDARIES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Whether a node draws random numbers. Attention is tagged as if it did, but without dropout it does not."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return torch.Tag.nondeterministic_seeded in node.target.tags
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+            return given != 0.0
+    return True
 
 
 def source_line(node: fx.Node) -> str | None:

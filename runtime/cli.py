@@ -49,15 +49,13 @@ Model = Annotated[
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in the batch.")]
 Seq = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
 Lora = Annotated[bool, typer.Option(help="Freeze the model and train LoRA adapters on every linear layer (PEFT).")]
-Dtype = Annotated[DType | None, typer.Option(help="Precision of the weights.  [default: bf16 on a GPU, else fp32]")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...  [default: the GPU, if there is one]")]
+Dtype = Annotated[DType | None, typer.Option(help="Precision of the weights (default: bf16 on a GPU, else fp32).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … (default: the GPU, if there is one).")]
 Setting = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend, such as disable=rms_norm."),
 ]
-Remote = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")
-]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -135,7 +133,7 @@ def env() -> None:
 def main() -> None:
     """The ``unsloth`` command."""
     try:
-        app()
+        app(prog_name="unsloth")
     except ValueError as error:
         from ..compiler.options import OptionError
         from ..compiler.run import BatchError

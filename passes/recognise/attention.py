@@ -55,9 +55,7 @@ def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept]) -> Ma
             return Miss(f"{mask}: no kernel for a window yet, the mask is kept", node, source_line(tensor), 2)
         causal = mask.causal
     if causal and not statically_known_true(value(q).shape[2] == value(k).shape[2]):
-        reason = (
-            f"causal with {value(q).shape[2]} queries and {value(k).shape[2]} keys, whose alignment kernels differ on"
-        )
+        reason = f"causal with {value(q).shape[2]} queries and {value(k).shape[2]} keys: aligned differently by kernels"
         return Miss(reason, node, source_line(node), 2)
     scale = value(q).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
     k, v, inner = _stored(k, v, value(q).shape[1])
@@ -98,19 +96,22 @@ def _unrepeated(x: fx.Node, heads: int | torch.SymInt) -> tuple[fx.Node, list[fx
     """The tensor whose head ``h // n`` is head ``h`` of x, and the views from x up to it; x itself if there is none."""
     batch, head, position, channel = _at(x, _INDEX)
     node, index, path = x, (batch, head, position, channel), []
+    found = x, []
     while (source := operand_of(node, index)) is not None:
         path.append(node)
         node, index = source
-        if isinstance(heads, int) and (repeats := _repeats(node, x, heads)):
-            if index == _at(node, (batch, sympy.floor(head / repeats), position, channel)):
-                return node, path
-    return x, []
+        repeats = _repeats(node, x, heads)
+        if repeats and index == _at(node, (batch, sympy.floor(head / repeats), position, channel)):
+            found = node, list(path)  # and further up: there may be views that change nothing
+    return found
 
 
-def _repeats(stored: fx.Node, x: fx.Node, heads: int) -> int | None:
+def _repeats(stored: fx.Node, x: fx.Node, heads: int | torch.SymInt) -> int | None:
     """How often each head would be repeated to make x of a tensor, if that is all that tells their shapes apart."""
     old, new = value(stored).shape, value(x).shape
-    if len(old) != 4 or not isinstance(old[1], int) or heads % old[1] or old[1] == heads:
+    if len(old) != 4 or not isinstance(heads, int) or not isinstance(old[1], int) or old[1] in (0, heads):
+        return None
+    if heads % old[1]:
         return None
     alike = all(statically_known_true(old[d] == new[d]) for d in (0, 2, 3))
     return heads // old[1] if alike else None

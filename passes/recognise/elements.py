@@ -83,7 +83,7 @@ class Elements:
 
     def _fold(self, node: fx.Node, index: Index) -> Value:
         if node.op == "placeholder":
-            lines = (source_line(n) for n in reversed(self._path))
+            lines = (source_line(reader) for reader in reversed(self._path[:-1]))
             raise Unknown(f"depends on the input {input_name(node)}", node, next(filter(None, lines), None))
         if node.op == "get_attr":
             return _literal(node)
@@ -197,8 +197,8 @@ def _fill(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["value"], node, index)
 
 
-@_rule(aten._to_copy.default)
-def _to_copy(elements: Elements, node: fx.Node, index: Index) -> Value:
+@_rule(aten._to_copy.default, aten.detach.default)
+def _copy(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["self"], node, index)
 
 
@@ -232,7 +232,7 @@ def _triangle(elements: Elements, node: fx.Node, index: Index) -> Value:
 
 @_rule(aten.index.Tensor)
 def _index(elements: Elements, node: fx.Node, index: Index) -> Value:
-    """Advanced indexing: the tensors broadcast, and stand where the first of them was, or in front if they are apart."""
+    """Advanced indexing: the tensors broadcast, and stand where the first of them was, or in front if apart."""
     given = arguments(node)
     operand, tensors = given["self"], given["indices"]
     dims = [d for d, t in enumerate(tensors) if t is not None]
@@ -281,7 +281,7 @@ def _diff(elements: Elements, node: fx.Node, index: Index) -> Value:
     tensors = [t for t in (given["prepend"], given["self"], given["append"]) if t is not None]
     dim = given["dim"] % len(index)
     following = (*index[:dim], index[dim] + 1, *index[dim + 1 :])
-    pair = (_joined(elements, tensors, dim, i) for i in (following, index))
+    pair = (elements.converted(_joined(elements, tensors, dim, i), node) for i in (following, index))
     return spread(subtract, *pair)
 
 
@@ -337,11 +337,11 @@ def _comparison(elements: Elements, node: fx.Node, index: Index) -> Value:
     name = node.target._opname  # type: ignore[union-attr]
 
     def compare(a: Value, b: Value) -> Value:
-        a, b = (as_integer(v, node) for v in (a, b))
         assert isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)
         return _ORDER[name](elements.domain, a - b)
 
-    return spread(compare, *(elements.operand(given[operand], node, index) for operand in ("self", "other")))
+    operands = (elements.operand(given[operand], node, index) for operand in ("self", "other"))
+    return spread(compare, *(spread(lambda v: as_integer(v, node), operand) for operand in operands))
 
 
 _CONNECTIVES: dict[Any, Callable[[list[Formula]], Formula]] = {

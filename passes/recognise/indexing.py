@@ -198,7 +198,6 @@ _RULES: dict[Any, _Rule] = {
             aten.clone.default,
             aten.contiguous.default,
             aten.alias.default,
-            aten.detach.default,
             aten.lift_fresh_copy.default,
         ),
         _unchanged,

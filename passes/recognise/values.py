@@ -87,7 +87,15 @@ def choose(condition: Formula, yes: Value, no: Value) -> Value:
         return select(condition, yes, no)
     if isinstance(condition, bool):
         return yes if condition else no
-    return yes if yes == no else Choice(condition, yes, no)
+    return no if yes == no or _equal_where(condition, yes, no) else Choice(condition, yes, no)
+
+
+def _equal_where(condition: Formula, yes: Value, no: Value) -> bool:
+    """Whether ``no`` is ``yes`` at the one place where the condition holds: where an index, i ≥ 0, has -i ≥ 0."""
+    if not (isinstance(condition, Atom) and condition.relation == ">=" and isinstance(no, sympy.Expr)):
+        return False
+    index = -condition.expression
+    return bool(index.is_Symbol and index.is_nonnegative and no.subs(index, 0) == yes)
 
 
 def is_visible(found: Value, mask: fx.Node) -> Value:

@@ -7,6 +7,9 @@ The references run in both places.
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -212,6 +215,39 @@ def opcheck(op: Operator, *args: Any) -> None:
     grads = random_grads(op, outputs)
     backward = _backward_arguments(op, args, outputs, grads, None)
     torch.library.opcheck(op.overload_backward, backward, test_utils=("test_schema", "test_faketensor"))
+
+
+# -- compiling without a GPU -------------------------------------------------------------------------------------------
+
+_COMPILE_INSTEAD_OF_LAUNCHING = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Device:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+def compile_only(self, *args, grid, warmup, **kwargs):
+    assert run(self, *args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+    print(self.__name__)
+
+triton.runtime.driver.set_active(Device())
+run, JITFunction.run = JITFunction.run, compile_only
+"""
+
+
+def assert_compiles(code: str) -> None:
+    """Run code whose launches compile for Hopper instead: the interpreter accepts what the compiler refuses.
+
+    The code gives CPU tensors to operators' ``forward`` and ``backward``. It runs in a process of its own, because this
+    one may have imported Triton as an interpreter.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _COMPILE_INSTEAD_OF_LAUNCHING + code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout, f"{result.stdout}\n{result.stderr[-2000:]}"
 
 
 # -- symbolic shapes ---------------------------------------------------------------------------------------------------

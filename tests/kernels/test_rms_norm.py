@@ -11,6 +11,7 @@ from tests.kernels.oracle import (
     IMPLEMENTATIONS,
     Arguments,
     assert_accurate,
+    assert_compiles,
     assert_same_layout,
     assert_skips_unneeded,
     assert_symbolic,
@@ -199,6 +200,16 @@ def test_weight_gradient_is_the_same_every_time() -> None:
     grads = random_grads(rms_norm, outputs)
     first, second = (kernel_backward(rms_norm, args, outputs, grads)[1] for _ in range(2))
     assert first is not None and second is not None and torch.equal(first, second)
+
+
+def test_compiles() -> None:
+    assert_compiles("""
+from unsloth.kernels.rms_norm import rms_norm
+for hidden, dtype in ((4096, torch.bfloat16), (257, torch.float32)):
+    x, weight = torch.empty(64, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
+    y, rstd = rms_norm.forward(x, weight, 1e-5, 0.0, True)
+    rms_norm.backward(y, x, weight, rstd, 1e-5, 0.0, True, [True, True])
+""")
 
 
 # -- contract ----------------------------------------------------------------------------------------------------------
