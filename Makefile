@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	echo '$(TORCH)' > .venv/constraints.txt
 	$(PIP) --upgrade pip 'setuptools>=77'
-	$(PIP) '$(TORCH)' numpy
+	$(PIP) '$(TORCH)'
 	$(PIP) --no-build-isolation --editable '.[test,dev]'
 	rm -f .venv/installed-*
 	touch $@

@@ -1,10 +1,8 @@
 """Operators of the dialect: how each is computed, forward and backward. Importing this registers all of them."""
 
-if __name__ == "kernels":
-    # With the repository's root on the path, libraries that look for Hugging Face's `kernels` package would find this
-    # folder, and register every operator a second time.
-    raise ModuleNotFoundError("No module named 'kernels' (this folder is unsloth.kernels)", name="kernels")
+# With the repository's root on the path, libraries that look for Hugging Face's `kernels` package find this folder. To
+# them it is an empty module: importing the operators under a second name would register each of them twice.
+if __name__ != "kernels":
+    from . import attention, glu, rms_norm, rope
 
-from . import attention, glu, rms_norm, rope
-
-__all__ = ["attention", "glu", "rms_norm", "rope"]
+    __all__ = ["attention", "glu", "rms_norm", "rope"]

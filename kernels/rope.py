@@ -1,12 +1,19 @@
-"""Rotary position embedding in the half-rotation layout, queries and keys together: y = x · cos + rotate_half(x) · sin.
+"""Rotary position embedding of queries and keys, y = x * cos + rotate_half(x) * sin.
 
-Su et al. 2021, arXiv:2104.09864, in the layout of GPT-NeoX and Llama: rotate_half((x1, x2)) = (-x2, x1). q: [batch,
-query heads, sequence, head size]; k: the same with its own number of heads; cos, sin: [batch or 1, sequence, head
-size]. Computed in float32 and rounded once, to the promoted dtype of q and cos. The two halves of cos and sin are not
-taken to be equal.
+Su et al. 2021, arXiv:2104.09864, in the layout of GPT-NeoX and Llama: with x = (x1, x2), rotate_half(x) = (-x2, x1).
+q: [batch, heads, length, width], k: [batch, kv_heads, length, width]; cos, sin: [batch or 1, length, width] or [length,
+width]. The halves of cos and sin, (c1, c2) and (s1, s2), need not be equal:
 
-Either direction moves 2 values per element of q and k; the tables are read once for all heads of a position. For 8B
-shapes (2 x 2048 positions, 32 and 8 heads of 128) that is 84 MB, or 0.028 ms at the 2.97 TB/s that an H100 copies with.
+    y1 = x1 * c1 - x2 * s1,    dx1 = dy1 * c1 + dy2 * s2,
+    y2 = x2 * c2 + x1 * s2;    dx2 = dy2 * c2 - dy1 * s1.
+
+The arithmetic is float32 (float64 in float64), rounded once to the promotion of q's and cos's dtypes, which is also the
+dtype of the gradients; autograd brings them to q's. Results lie in memory as an elementwise operation would leave them,
+so the [batch, length, heads, width] that a projection makes stays what it is, forward and backward.
+
+Either direction reads and writes q and k once: for 2 x 2048 positions of 32 + 8 heads of 128 in bf16 that is 84 MB, at
+least 28 us at 2.97 TB/s (H100 copy) and 20 us at 4.3 TB/s (H200). A program rotates all heads of one position: cos and
+sin are read once, and its loads are one piece of memory, here of 10 KB.
 """
 
 from __future__ import annotations
@@ -21,25 +28,41 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .operator import dtype_is, next_power_of_two, operator
 
-WIDEST = 512
+MAX_WIDTH = 512
+
 TILE = 4096
-"""Elements of one half that a program rotates: some positions, each with some heads."""
+"""Elements that a program holds at a time: all heads of a position, or as many as fit."""
+
+ELEMENTS_PER_THREAD = 32
+"""Both halves together, 64 bytes of bf16 in flight per thread."""
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return _rotated(q, cos, sin), _rotated(k, cos, sin)
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x if x.dtype == torch.float64 else x.float()
+    half = x.shape[-1] // 2
+    return wide[..., :half], wide[..., half:]
+
+
+def _joined(first: Tensor, second: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A fresh tensor of the halves, in the order of memory of an elementwise result."""
+    return torch.empty_like(like, dtype=dtype).copy_(torch.cat((first, second), -1))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = torch.promote_types(torch.result_type(x, cos), torch.float32)
-    c, s = cos.unsqueeze(1).to(wide), sin.unsqueeze(1).to(wide)
-    x_ = x.to(wide)
-    first, second = x_.split(x.shape[-1] // 2, -1)
-    y = x_ * c + torch.cat((-second, first), -1) * s
-    return _laid_out(y.to(torch.result_type(x, cos)))
+    (x1, x2), (c1, c2), (s1, s2) = _halves(x), _halves(cos.unsqueeze(-3)), _halves(sin.unsqueeze(-3))
+    return _joined(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, x, torch.promote_types(x.dtype, cos.dtype))
+
+
+def _rotated_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (g1, g2), (c1, c2), (s1, s2) = _halves(grad), _halves(cos.unsqueeze(-3)), _halves(sin.unsqueeze(-3))
+    return _joined(g1 * c1 + g2 * s2, g2 * c2 - g1 * s1, grad, grad.dtype)
+
+
+def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
 def _reference_backward(
@@ -48,147 +71,174 @@ def _reference_backward(
     return tuple(_rotated_back(g, cos, sin) if need else None for g, need in zip((grad_q, grad_k), needs, strict=True))
 
 
-def _rotated_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    c, s = cos.unsqueeze(1).to(wide), sin.unsqueeze(1).to(wide)
-    g = grad.to(wide)
-    # The transpose of rotate_half: (g1, g2) -> (g2, -g1), of the gradient times sin.
-    first, second = (g * s).split(grad.shape[-1] // 2, -1)
-    return _laid_out((g * c + torch.cat((second, -first), -1)).to(grad.dtype))
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """The values in [batch, sequence, heads, head size] memory, as projections leave them and attention reads them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 # -- kernel ------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _rotate(
-    x, y, c1, c2, s1, s2, batch, position, inside, heads, x_batch, x_head, x_position, length,
-    BACKWARD: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Rotate all heads of a block of positions, HEADS at a time. Memory of y is [batch, position, head, size]."""
-    column = tl.arange(0, WIDTH)[None, None, :]
-    for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS)[None, :, None]
-        mask = inside & (head < heads) & (column < HALF)
-        source = x + batch * x_batch + position * x_position + head * x_head + column
-        target = y + ((batch * length + position) * heads + head) * (2 * HALF) + column
-        first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-        if BACKWARD:
-            rotated_first = first * c1 + second * s2
-            rotated_second = second * c2 - first * s1
-        else:
-            rotated_first = first * c1 - second * s1
-            rotated_second = second * c2 + first * s2
-        tl.store(target, rotated_first.to(y.dtype.element_ty), mask=mask)
-        tl.store(target + HALF, rotated_second.to(y.dtype.element_ty), mask=mask)
+def _load_halves(table, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    first = tl.load(table + column, mask=column < HALF, other=0.0)
+    second = tl.load(table + HALF + column, mask=column < HALF, other=0.0)
+    return first.to(tl.float32)[None, :], second.to(tl.float32)[None, :]
 
 
 @triton.jit
+def _rotate_heads(
+    x,
+    y,
+    x_stride,
+    y_stride,
+    c1,
+    c2,
+    s1,
+    s2,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rotate HEADS vectors, TILE_HEADS at a time. Strides are those between heads."""
+    column = tl.arange(0, BLOCK)[None, :]
+    for start in range(0, HEADS, TILE_HEADS):
+        head = (start + tl.arange(0, TILE_HEADS)).to(tl.int64)[:, None]
+        inside = (head < HEADS) & (column < HALF)
+        source, target = x + head * x_stride + column, y + head * y_stride + column
+        x1 = tl.load(source, mask=inside).to(tl.float32)
+        x2 = tl.load(source + HALF, mask=inside).to(tl.float32)
+        tl.store(target, x1 * c1 - x2 * s1, mask=inside)
+        tl.store(target + HALF, x2 * c2 + x1 * s2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["length"])
 def _kernel(
-    q, k, cos, sin, q_out, k_out, length, q_heads, k_heads,
-    q_batch, q_head, q_position, k_batch, k_head, k_position, cos_batch, cos_position, sin_batch, sin_position,
-    BACKWARD: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
-    HALF: tl.constexpr, POSITIONS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(length, POSITIONS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    position = (tl.program_id(0) % blocks).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None, None]
-    inside = position < length
-    column = tl.arange(0, WIDTH)[None, None, :]
-    mask = inside & (column < HALF)
-    c = cos + batch * cos_batch + position * cos_position + column
-    s = sin + batch * sin_batch + position * sin_position + column
-    c1 = tl.load(c, mask=mask, other=0.0).to(tl.float32)
-    c2 = tl.load(c + HALF, mask=mask, other=0.0).to(tl.float32)
-    s1 = tl.load(s, mask=mask, other=0.0).to(tl.float32)
-    s2 = tl.load(s + HALF, mask=mask, other=0.0).to(tl.float32)
-    if NEED_Q:
-        _rotate(
-            q, q_out, c1, c2, s1, s2, batch, position, inside, q_heads, q_batch, q_head, q_position, length,
-            BACKWARD, HALF, HEADS, WIDTH,
-        )  # fmt: skip
-    if NEED_K:
-        _rotate(
-            k, k_out, c1, c2, s1, s2, batch, position, inside, k_heads, k_batch, k_head, k_position, length,
-            BACKWARD, HALF, HEADS, WIDTH,
-        )  # fmt: skip
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    length,
+    q_strides,
+    k_strides,
+    q_out_strides,
+    k_out_strides,
+    cos_strides,
+    sin_strides,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    HALF: tl.constexpr,
+    Q_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Strides are (batch, head, position) of q, k and their results, (batch, position) of cos and sin.
+
+    A result that is None is not wanted.
+    """
+    batch = (tl.program_id(0) // length).to(tl.int64)
+    position = (tl.program_id(0) % length).to(tl.int64)
+    c1, c2 = _load_halves(cos + batch * cos_strides[0] + position * cos_strides[1], HALF, BLOCK)
+    s1, s2 = _load_halves(sin + batch * sin_strides[0] + position * sin_strides[1], HALF, BLOCK)
+    if BACKWARD:  # the transpose of the 2 x 2 matrix ((c1, -s1), (s2, c2))
+        s1, s2 = -s2, -s1
+    if q_out is not None:
+        x = q + batch * q_strides[0] + position * q_strides[2]
+        y = q_out + batch * q_out_strides[0] + position * q_out_strides[2]
+        _rotate_heads(x, y, q_strides[1], q_out_strides[1], c1, c2, s1, s2, Q_HEADS, HALF, Q_TILE, BLOCK)
+    if k_out is not None:
+        x = k + batch * k_strides[0] + position * k_strides[2]
+        y = k_out + batch * k_out_strides[0] + position * k_out_strides[2]
+        _rotate_heads(x, y, k_strides[1], k_out_strides[1], c1, c2, s1, s2, K_HEADS, HALF, K_TILE, BLOCK)
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _launch(
+    q: Tensor, k: Tensor, q_out: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, backward: bool
+) -> bool:
+    """Rotate q and k (or their gradients) into the outputs that are wanted; False where the kernel does not apply."""
+    outputs = q_out, k_out
+    if any(y is not None and y.stride(-1) != 1 for y in outputs) or _supports(q, k, cos, sin) is not None:
+        return False
+    batch, q_heads, length, width = q.shape
+    k_heads, half = k.shape[1], width // 2
+    if batch * length == 0 or outputs == (None, None):
+        return True
+    q, k = _dense(q), _dense(k)
+    cos, sin = (_dense(table.expand(batch, length, width)) for table in (cos, sin))
+    block = next_power_of_two(half)
+    q_tile, k_tile = (min(next_power_of_two(heads), max(1, TILE // (2 * block))) for heads in (q_heads, k_heads))
+    warps = triton.cdiv(max(q_tile, k_tile) * 2 * block, 32 * ELEMENTS_PER_THREAD)
+    strides = [x.stride()[:-1] if x is not None else (0, 0, 0) for x in (q, k, *outputs, cos, sin)]
+    kernel: Any = _kernel
+    kernel[(batch * length,)](
+        *(q, k, *outputs, cos, sin, length, *strides),
+        Q_HEADS=q_heads,
+        K_HEADS=k_heads,
+        Q_TILE=q_tile,
+        K_TILE=k_tile,
+        HALF=half,
+        BLOCK=block,
+        BACKWARD=backward,
+        num_warps=warps,
+    )
+    return True
+
+
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    q_out, k_out = _launch(q, k, cos, sin, torch.result_type(q, cos), [True, True], backward=False)
-    assert q_out is not None
-    assert k_out is not None
+    dtype = torch.promote_types(q.dtype, cos.dtype)
+    q_out, k_out = torch.empty_like(q, dtype=dtype), torch.empty_like(k, dtype=dtype)
+    if not _launch(q, k, q_out, k_out, cos, sin, backward=False):
+        return _reference(q, k, cos, sin)
     return q_out, k_out
 
 
 def _backward(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    return _launch(grad_q, grad_k, cos, sin, grad_q.dtype, needs, backward=True)
-
-
-def _launch(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, needs: list[bool], *, backward: bool
-) -> tuple[Tensor | None, ...]:
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    outputs = [_empty(x, dtype) if need else None for x, need in zip((q, k), needs, strict=True)]
-    batch, _, length, size = q.shape
-    if q.numel() + k.numel() and any(needs):
-        width = next_power_of_two(size // 2)
-        heads = min(next_power_of_two(max(q.shape[1], k.shape[1])), max(1, TILE // width))
-        positions = max(1, min(16, TILE // (width * heads)))
-        launch: Any = _kernel[(batch * triton.cdiv(length, positions),)]
-        launch(
-            q, k, cos, sin, *outputs, length, q.shape[1], k.shape[1], *q.stride()[:3], *k.stride()[:3],
-            *_table_strides(cos), *_table_strides(sin), BACKWARD=backward, NEED_Q=needs[0], NEED_K=needs[1],
-            HALF=size // 2, POSITIONS=positions, HEADS=heads, WIDTH=width, num_warps=8,
-        )  # fmt: skip
-    return tuple(outputs)
-
-
-def _table_strides(table: Tensor) -> tuple[int, int]:
-    """Strides over batch (0 where one table serves all) and position."""
-    return (0 if table.shape[0] == 1 else table.stride(0)), table.stride(1)
-
-
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    batch, heads, length, size = x.shape
-    return torch.empty((batch, length, heads, size), dtype=dtype, device=x.device).transpose(1, 2)
+    dq, dk = (torch.empty_like(g) if need else None for g, need in zip((grad_q, grad_k), needs, strict=True))
+    if not _launch(grad_q, grad_k, dq, dk, cos, sin, backward=True):
+        return _reference_backward(grad_q, grad_k, cos, sin, needs)
+    return dq, dk
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
 def _supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
-    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or sin.dim() != 3:
-        return "q and k need four dimensions, cos and sin three"
-    size = q.shape[-1]
-    if not isinstance(size, int):
-        return "the head size is symbolic"
-    if size % 2 or size > WIDEST:
-        return f"the head size {size} is odd or above {WIDEST}"
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() not in (2, 3) or sin.dim() != cos.dim():
+        return "q and k have to be [batch, heads, length, width], cos and sin [batch or 1, length, width]"
     if q.dtype != k.dtype:
         return f"q is {q.dtype} and k is {k.dtype}"
     if cos.dtype != sin.dtype:
         return f"cos is {cos.dtype} and sin is {sin.dtype}"
-    batch, _, length, _ = q.shape
+    kernel_dtypes = torch.bfloat16, torch.float16, torch.float32
+    return dtype_is(q, *kernel_dtypes) or dtype_is(cos, *kernel_dtypes) or _shape_problem(q, k, cos, sin)
+
+
+def _shape_problem(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    batch, _, length, width = q.shape
+    if not isinstance(width, int):
+        return "the head size is symbolic"
+    if width % 2 or width > MAX_WIDTH:
+        return f"the head size is {width}, the kernel takes even ones up to {MAX_WIDTH}"
+
+    def known(*pairs: tuple[Any, Any]) -> bool:
+        return all(statically_known_true(a == b) for a, b in pairs)
+
+    if not known((k.shape[0], batch), (k.shape[2], length), (k.shape[3], width)):
+        return f"q {tuple(q.shape)} and k {tuple(k.shape)} are not known to differ in the number of heads only"
     for name, table in (("cos", cos), ("sin", sin)):
-        fits = table.shape[-1] == size and statically_known_true(table.shape[1] == length)
-        if not fits or not (
-            statically_known_true(table.shape[0] == 1) or statically_known_true(table.shape[0] == batch)
-        ):
-            return f"{name} {tuple(table.shape)} does not fit q {tuple(q.shape)}"
-    if not (statically_known_true(k.shape[0] == batch) and statically_known_true(k.shape[2] == length)):
-        return f"q {tuple(q.shape)} and k {tuple(k.shape)} have different batches or lengths"
-    floating = torch.bfloat16, torch.float16, torch.float32
-    return dtype_is(q, *floating) or dtype_is(cos, *floating)
+        fits = known((table.shape[-2], length), (table.shape[-1], width))
+        if table.dim() == 3:
+            fits = fits and (known((table.shape[0], 1)) or known((table.shape[0], batch)))
+        if not fits:
+            return f"{name} {tuple(table.shape)} is not known to fit q {tuple(q.shape)}"
+    return None
 
 
 rope = operator(
@@ -201,6 +251,6 @@ rope = operator(
     differentiable="q k",
     gradients_of="q_out k_out",
     supports=_supports,
-    flops=lambda q, k, *_: 3 * (q.numel() + k.numel()),
-    backward_flops=lambda q, k, *_: 3 * (q.numel() + k.numel()),
+    flops=lambda q, k, cos, sin: 3 * (q.numel() + k.numel()),
+    backward_flops=lambda q, k, cos, sin: 3 * (q.numel() + k.numel()),
 )

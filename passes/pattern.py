@@ -1,26 +1,31 @@
-"""A pattern is the formula it finds, matched backward from the node that computes it.
+"""A pattern is the formula it finds, matched backward from the node that computes its result.
 
     x, weight, eps = capture("x"), capture("weight"), number("eps")
-    xf     = cast(x)                                   # a conversion that may be absent
+    xf     = widened(x)                                # x itself, or x converted without loss
     normed = xf * rsqrt(mean(square(xf)) + eps)
-    RMS_NORM = weight * cast(normed)
+    RMS_NORM = weight * cast(normed)                   # a conversion that may be absent
 
-    found = match({"round, then scale": RMS_NORM}, node)      # Found(variant, captures, interior, casts) or Miss
+    match({"round, then scale": RMS_NORM}, node)       # Found(variant, captures, interior, casts) or Miss
 
-``capture`` binds a value of the graph, and the same capture must be the same value wherever it stands. ``number``
-binds a scalar. ``cast`` stands for a conversion between floating-point types that may be there or not. Sums and
-products match their operands in either order. Everything else is a call of an ATen operator, whose admissible
-spellings are listed where the function is defined.
+A ``capture`` is any tensor, and the same one wherever its name stands again; with a second argument it names what a
+part of the formula computed. A ``number`` is a scalar; literals are themselves. ``+ - * / **``, unary minus and slices
+of the last dimension (``x[half:]``) mean what they say, sums and products in either order; ``a | b`` is either
+spelling, so ``p | view(p)`` is p behind a view that may be absent. ``cast`` and ``widened`` are conversions that may be
+there or not; which of them were is in ``Found.casts``. ``pattern.where(check)`` asks for more than structure, such as
+a dtype. Each further operator is one ``function(...)``; those in use are in ``vocabulary.py``. Values may have any
+number of users.
 
-Matching is a search: a pattern yields every consistent assignment, so operands may be tried in the other order. Every
-dead end is noted, and the one that came furthest is the explanation of a failed match.
+Matching is a search: a pattern yields every consistent assignment, so each choice can be taken back. The larger operand
+goes first, which fails fast and comes far before it fails; every dead end is noted, and the one that came furthest
+explains why a formula did not fit.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,174 +45,281 @@ class Found:
         variant: key of the pattern that matched.
         captures: what each ``capture`` and ``number`` is bound to.
         interior: every node the formula consumed, the anchor included, captures excluded.
-        casts: the conversions that were there.
+        casts: those of them that only convert, with the dtype they convert to.
     """
 
     variant: str = ""
-    captures: dict[str, Any] = field(default_factory=dict)
+    captures: Mapping[str, Any] = field(default_factory=dict)
     interior: frozenset[fx.Node] = frozenset()
-    casts: frozenset[fx.Node] = frozenset()
+
+    @property
+    def casts(self) -> dict[fx.Node, torch.dtype]:
+        return {node: value(node).dtype for node in self.interior if is_cast(node)}
 
     def __getitem__(self, name: str) -> Any:
         return self.captures[name]
 
+    def through(self, *nodes: fx.Node) -> Found:
+        return replace(self, interior=self.interior.union(nodes))
 
-class _Search:
-    """Remembers the dead end that came furthest."""
+    def bind(self, name: str, to: Any) -> Found:
+        return replace(self, captures={**self.captures, name: to})
 
-    def __init__(self) -> None:
-        self.deepest: Miss | None = None
 
-    def dead_end(self, reason: str, node: Any, found: Found, anchor: fx.Node) -> None:
-        how_far = len(found.interior)
-        if self.deepest is None or how_far > self.deepest.how_far:
-            at = node if isinstance(node, fx.Node) else anchor
-            self.deepest = Miss(reason, at, source_line(at) or source_line(anchor), how_far)
+class Attempt:
+    """One node tried against patterns; remembers the dead end that came furthest."""
+
+    def __init__(self, anchor: fx.Node) -> None:
+        self.anchor = anchor
+        self.reason, self.node, self.consumed, self.fitted = "", anchor, frozenset[fx.Node](), False
+
+    def first(self, patterns: Mapping[str, Pattern]) -> Found | None:
+        matches = (p.match(self.anchor, Found(variant), self) for variant, p in patterns.items())
+        return next(itertools.chain.from_iterable(matches), None)
+
+    def dead_end(self, reason: str, node: Any, found: Found, fitted: bool = False) -> Iterator[Found]:
+        """Note where a path ended; ``fitted`` when all of the formula was there but its ``where`` said no."""
+        if not self.reason or (fitted, len(found.interior)) > (self.fitted, len(self.consumed)):
+            at = node if isinstance(node, fx.Node) else self.anchor
+            self.reason, self.node, self.consumed, self.fitted = reason, at, found.interior, fitted
+        return iter(())
+
+    def miss(self) -> Miss:
+        line = source_line(self.node) or source_line(self.anchor)
+        return Miss(self.reason, self.node, line, len(self.consumed))
 
 
 def match(patterns: Mapping[str, Pattern], node: fx.Node) -> Found | Miss:
-    """Match a node against each pattern in turn.
+    """The first pattern and assignment that fit a node, or the miss that came furthest."""
+    attempt = Attempt(node)
+    return attempt.first(patterns) or attempt.miss()
 
-    Returns:
-        The first assignment found, or the miss that came furthest over all patterns.
-    """
-    search = _Search()
-    for variant, pattern in patterns.items():
-        for found in pattern.match(node, Found(variant), search, node):
-            return found
-    assert search.deepest is not None
-    return search.deepest
+
+# -- the language ------------------------------------------------------------------------------------------------------
 
 
 class Pattern:
-    """Something a value of the graph may be. Combine patterns with ``+ * -`` and the functions of this module."""
+    """Something a value of the graph may be."""
 
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
+    size = 0  # number of calls: the larger operand is matched first
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         """Yield every extension of ``found`` under which ``node`` is this pattern."""
         raise NotImplementedError
 
-    def __add__(self, other: Pattern | float) -> Pattern:
-        return _Call("a sum", SUMS, (self, _pattern(other)), commutes=True, check=_no_alpha)
+    def where(self, check: Callable[[fx.Node, Found], str | None]) -> Pattern:
+        """This pattern if ``check(node, found)`` is None; otherwise it is the reason why not."""
+        return _Where(self, check)
 
-    def __mul__(self, other: Pattern | float) -> Pattern:
-        return _Call("a product", PRODUCTS, (self, _pattern(other)), commutes=True)
+    def __or__(self, other: Pattern) -> Pattern:
+        return _Either(self, other)
 
-    def __truediv__(self, other: Pattern) -> Pattern:
-        return _Call("a quotient", {aten.div.Tensor}, (self, other))
+    def __add__(self, other: Operand) -> Pattern:
+        return add(self, other)
+
+    def __sub__(self, other: Operand) -> Pattern:
+        return sub(self, other)
+
+    def __mul__(self, other: Operand) -> Pattern:
+        return mul(self, other)
+
+    def __truediv__(self, other: Operand) -> Pattern:
+        return div(self, other)
+
+    def __pow__(self, other: Operand) -> Pattern:
+        return power(self, other)
 
     def __neg__(self) -> Pattern:
-        return _Call("a negation", {aten.neg.default}, (self,))
+        return neg(self)
+
+    def __getitem__(self, part: slice) -> Pattern:
+        return _Slice(self, part)
 
     __radd__, __rmul__ = __add__, __mul__
 
 
-@dataclass(frozen=True)
+Operand = Pattern | float | str | Sequence[Pattern]
+Check = Callable[[fx.Node, dict[str, Any]], str | None]
+
+
 class _Capture(Pattern):
-    name: str
+    def __init__(self, name: str, inner: Pattern | None) -> None:
+        self.name, self.inner, self.size = name, inner, inner.size if inner else 0
 
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
-        if self.name in found.captures:
-            if found.captures[self.name] is node:
-                yield found
-            else:
-                search.dead_end(f"{self.name} is not the same value twice", node, found, anchor)
-        elif isinstance(node, fx.Node) and isinstance(value(node), Tensor):
-            yield replace(found, captures={**found.captures, self.name: node})
-        else:
-            search.dead_end(f"{self.name} is not a tensor", node, found, anchor)
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if not isinstance(node, fx.Node) or not isinstance(value(node), Tensor):
+            return attempt.dead_end(f"{self.name} is not a tensor", node, found)
+        if found.captures.get(self.name, node) is not node:
+            return attempt.dead_end(f"{self.name} is not the same value twice", node, found)
+        found = found.bind(self.name, node)
+        return self.inner.match(node, found, attempt) if self.inner else iter((found,))
 
 
-@dataclass(frozen=True)
 class _Number(Pattern):
-    name: str
-    literal: float | None = None
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
-        if isinstance(value(node), Tensor) or value(node) is None:
-            search.dead_end(f"{self.name} is not a number", node, found, anchor)
-        elif self.literal is not None and (isinstance(node, fx.Node) or node != self.literal):
-            search.dead_end(f"the number is {node}, not {self.literal:g}", node, found, anchor)
-        elif self.literal is None and found.captures.get(self.name, node) != node:
-            search.dead_end(f"{self.name} is not the same number twice", node, found, anchor)
-        else:
-            yield found if self.literal is not None else replace(found, captures={**found.captures, self.name: node})
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if not isinstance(value(node), (int, float, torch.SymInt, torch.SymFloat)):
+            return attempt.dead_end(f"{self.name} is not a number", node, found)
+        if found.captures.get(self.name, node) != node:
+            return attempt.dead_end(f"{self.name} is not the same number twice", node, found)
+        return iter((found.bind(self.name, node),))
 
 
-@dataclass(frozen=True)
+class _Literal(Pattern):
+    def __init__(self, literal: float | str) -> None:
+        self.literal = literal
+
+    def fits(self, node: Any) -> bool:
+        if isinstance(node, (int, float)) and isinstance(self.literal, (int, float)):
+            return math.isclose(node, self.literal, rel_tol=1e-6)
+        return isinstance(node, str) and node == self.literal
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if self.fits(node):
+            return iter((found,))
+        return attempt.dead_end(f"expected {self.literal}, found {describe(node)}", node, found)
+
+
 class _Cast(Pattern):
-    inner: Pattern
+    def __init__(self, inner: Pattern, lossless: bool) -> None:
+        self.inner, self.lossless, self.size = inner, lossless, inner.size
 
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         if isinstance(node, fx.Node) and is_cast(node):
-            there = replace(found, interior=found.interior | {node}, casts=found.casts | {node})
-            yield from self.inner.match(node.args[0], there, search, anchor)
-        yield from self.inner.match(node, found, search, anchor)
+            to, source = value(node).dtype, value(node.args[0]).dtype
+            if not self.lossless or torch.promote_types(to, source) == to:
+                yield from self.inner.match(node.args[0], found.through(node), attempt)
+        yield from self.inner.match(node, found, attempt)
 
 
-@dataclass(frozen=True)
 class _Either(Pattern):
-    patterns: tuple[Pattern, ...]
+    def __init__(self, *spellings: Pattern) -> None:
+        self.spellings, self.size = spellings, max(s.size for s in spellings)
 
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
-        for pattern in self.patterns:
-            yield from pattern.match(node, found, search, anchor)
-
-
-Check = Callable[[fx.Node], str | None]
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        return itertools.chain.from_iterable(s.match(node, found, attempt) for s in self.spellings)
 
 
-@dataclass(frozen=True)
+class _Where(Pattern):
+    def __init__(self, inner: Pattern, check: Callable[[fx.Node, Found], str | None]) -> None:
+        self.inner, self.check, self.size = inner, check, inner.size
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        for extended in self.inner.match(node, found, attempt):
+            if reason := self.check(node, extended):
+                attempt.dead_end(reason, node, extended, fitted=True)
+            else:
+                yield extended
+
+
+class _Parts(Pattern):
+    """A list of tensors, as ``cat`` takes it."""
+
+    def __init__(self, parts: Sequence[Pattern]) -> None:
+        self.parts, self.size = tuple(parts), sum(p.size for p in parts)
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if not isinstance(node, (list, tuple)) or len(node) != len(self.parts):
+            return attempt.dead_end(f"expected {len(self.parts)} parts", node, found)
+        return _match_all(tuple(zip(self.parts, node, strict=True)), found, attempt)
+
+
 class _Call(Pattern):
-    """A call of one of ``targets`` whose leading arguments match; ``check`` gives the reason when the rest does not."""
+    def __init__(
+        self, name: str, targets: frozenset[Any], operands: Sequence[Operand], commutes: bool, check: Check
+    ) -> None:
+        self.name, self.targets, self.commutes, self.check = name, targets, commutes, check
+        self.operands = tuple(_pattern(o) for o in operands)
+        self.size = 1 + sum(o.size for o in self.operands)
 
-    what: str
-    targets: set[Any]
-    arguments: tuple[Pattern, ...]
-    commutes: bool = False
-    check: Check = field(default=lambda node: None)
-
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         if not isinstance(node, fx.Node) or node.target not in self.targets:
-            search.dead_end(f"expected {self.what}, found {describe(node)}", node, found, anchor)
-            return
-        if reason := self.check(node):
-            search.dead_end(reason, node, found, anchor)
-            return
-        operands = _operands(node)
-        found = replace(found, interior=found.interior | {node})
-        if len(operands) < len(self.arguments):
-            search.dead_end(f"expected {self.what} of {len(self.arguments)} values", node, found, anchor)
-            return
-        given = operands[: len(self.arguments)]
-        for order in itertools.permutations(given) if self.commutes else (given,):
-            yield from _match_all(self.arguments, order, found, search, anchor)
+            return attempt.dead_end(f"expected {self.name}, found {describe(node)}", node, found)
+        rest = arguments(node)
+        leading = {name: rest.pop(name) for name in list(rest)[: len(self.operands)]}
+        if reason := self.check(node, rest) or self._wrong_constant(node, leading):
+            return attempt.dead_end(reason, node, found.through(node))
+        values = tuple(leading.values())
+        orders = itertools.permutations(values) if self.commutes else (values,)
+        pairs = (tuple(zip(self.operands, order, strict=True)) for order in orders)
+        found = found.through(node)
+        return itertools.chain.from_iterable(_match_all(p, found, attempt) for p in pairs)
+
+    def _wrong_constant(self, node: fx.Node, leading: Mapping[str, Any]) -> str | None:
+        for operand, (name, given) in zip(self.operands, leading.items(), strict=True):
+            if not self.commutes and isinstance(operand, _Literal) and not operand.fits(given):
+                return f"{describe(node)} has {name}={given}, not {operand.literal}"
+        return None
 
 
-def _match_all(
-    patterns: tuple[Pattern, ...], nodes: tuple[Any, ...], found: Found, search: _Search, anchor: fx.Node
-) -> Iterator[Found]:
-    if not patterns:
+def _match_all(pairs: Sequence[tuple[Pattern, Any]], found: Found, attempt: Attempt) -> Iterator[Found]:
+    if not pairs:
         yield found
         return
-    for extended in patterns[0].match(nodes[0], found, search, anchor):
-        yield from _match_all(patterns[1:], nodes[1:], extended, search, anchor)
+    (pattern, node), *rest = sorted(pairs, key=lambda pair: -pair[0].size)
+    for extended in pattern.match(node, found, attempt):
+        yield from _match_all(rest, extended, attempt)
 
 
-def _operands(node: fx.Node) -> tuple[Any, ...]:
-    """A call's leading arguments; the elements of a list of tensors count one by one."""
-    first = node.args[0] if node.args else ()
-    return tuple(first) if isinstance(first, (list, tuple)) else tuple(node.args)
+class _Slice(Pattern):
+    """A part of the last dimension; a slice and one piece of a split are the same thing."""
+
+    def __init__(self, inner: Pattern, part: slice) -> None:
+        bounds = (
+            0 if part.start is None else part.start,
+            "end" if part.stop is None else part.stop,
+            part.step or 1,
+        )
+        self.bounds = tuple(_pattern(b) for b in bounds)
+        self.inner, self.size = inner, 1 + inner.size
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if (part := part_of_last_dimension(node)) is None:
+            return attempt.dead_end(f"expected a part of the last dimension, found {describe(node)}", node, found)
+        whole, *bounds = part
+        nodes = (node, node.args[0]) if node.target is operator.getitem else (node,)
+        pairs = ((self.inner, whole), *zip(self.bounds, bounds, strict=True))
+        return _match_all(pairs, found.through(*nodes), attempt)
 
 
-# -- the vocabulary --------------------------------------------------------------------------------------------------
+def _pattern(operand: Operand) -> Pattern:
+    if isinstance(operand, (list, tuple)):
+        return _Parts(operand)
+    return operand if isinstance(operand, Pattern) else _Literal(operand)  # type: ignore[arg-type]
 
-SUMS = {aten.add.Tensor, aten.add.Scalar}
-PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
+
+def part_of_last_dimension(node: Any) -> tuple[fx.Node, Any, Any, Any] | None:
+    """``(whole, start, stop, step)`` if a node is a slice of the last dimension; ``stop`` may be "end"."""
+    if not isinstance(node, fx.Node):
+        return None
+    split = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(split, fx.Node) or split.target not in (_SPLITS if split is not node else {aten.slice.Tensor}):
+        return None
+    given = arguments(split)
+    whole = given["self"]
+    width = value(whole).shape[-1]
+    if given["dim"] not in (-1, value(whole).dim() - 1) or not isinstance(width, int):
+        return None
+    if split is node:
+        start, stop, step = given["start"] or 0, given["end"], given["step"]
+    else:
+        sizes: list[int] = [piece.shape[-1] for piece in value(split)]
+        index: Any = node.args[1]
+        start, step = sum(sizes[:index]), 1
+        stop = start + sizes[index]
+    start, stop = (b + width if isinstance(b, int) and b < 0 else b for b in (start, stop))
+    ends = stop is None or (isinstance(stop, int) and stop >= width)
+    return whole, start, "end" if ends else stop, step
 
 
-def capture(name: str) -> Pattern:
-    """Any tensor; the same one wherever the name stands again."""
-    return _Capture(name)
+# -- the words -------------------------------------------------------------------------------------------------------
+
+
+def capture(name: str, inner: Pattern | None = None) -> Pattern:
+    """Any tensor, or the value of ``inner``; the same one wherever the name stands again."""
+    return _Capture(name, inner)
 
 
 def number(name: str) -> Pattern:
@@ -216,111 +328,41 @@ def number(name: str) -> Pattern:
 
 
 def cast(inner: Pattern) -> Pattern:
-    """The value, or a conversion of it to another floating-point type."""
-    return _Cast(inner)
+    """The value, or its conversion to another floating-point type."""
+    return _Cast(inner, lossless=False)
 
 
-def either(*patterns: Pattern) -> Pattern:
-    """Whichever of several spellings is there."""
-    return _Either(patterns)
+def widened(inner: Pattern) -> Pattern:
+    """The value, or its conversion to a floating-point type that holds it exactly."""
+    return _Cast(inner, lossless=True)
 
 
-def square(x: Pattern) -> Pattern:
-    """x², as ``pow(x, 2)``, ``square(x)`` or ``x * x``."""
-    power = _Call("a square", {aten.pow.Tensor_Scalar}, (x, _Number("exponent", 2)))
-    return either(power, _Call("a square", {aten.square.default}, (x,)), x * x)
+def function(name: str, *targets: Any, commutes: bool = False, check: Check | None = None) -> Callable[..., Pattern]:
+    """A new word: calls of ``targets`` whose first arguments match the operands.
+
+    ``check(node, rest)`` is given the remaining arguments by name and returns None or a reason; by default all of them
+    must have their schema's default value.
+    """
+
+    def call(*operands: Operand) -> Pattern:
+        return _Call(name, frozenset(targets), operands, commutes, check or _defaults)
+
+    return call
 
 
-def rsqrt(x: Pattern) -> Pattern:
-    """1 / √x, as ``rsqrt(x)`` or ``pow(x, -0.5)``."""
-    power = _Call("an inverse root", {aten.pow.Tensor_Scalar}, (x, _Number("exponent", -0.5)))
-    return either(_Call("an inverse root", {aten.rsqrt.default}, (x,)), power)
-
-
-def sqrt(x: Pattern) -> Pattern:
-    """√x."""
-    return _Call("a root", {aten.sqrt.default}, (x,))
-
-
-def mean(x: Pattern) -> Pattern:
-    """The mean over the last dimension, which is kept."""
-    return _Call("a mean", {aten.mean.dim}, (x,), check=_over_last_dimension)
-
-
-def silu(x: Pattern) -> Pattern:
-    """x · sigmoid(x), as ``silu(x)`` or written out."""
-    written_out = x * _Call("a sigmoid", {aten.sigmoid.default}, (x,))
-    return either(_Call("a SiLU", {aten.silu.default}, (x,)), written_out)
-
-
-def gelu(x: Pattern, approximate: str) -> Pattern:
-    """The Gaussian error linear unit, ``approximate`` being "none" or "tanh"."""
-
-    def check(node: fx.Node) -> str | None:
-        spelt = node.kwargs.get("approximate", "none")
-        return None if spelt == approximate else f"the GELU is approximate={spelt!r}, not {approximate!r}"
-
-    return _Call("a GELU", {aten.gelu.default}, (x,), check=check)
-
-
-def concatenate(*parts: Pattern) -> Pattern:
-    """Parts laid side by side along the last dimension."""
-    return _Call("a concatenation", {aten.cat.default}, parts, check=_along_last_dimension)
-
-
-def first_half(x: Pattern) -> Pattern:
-    """``x[..., : d // 2]`` where d is the size of the last dimension."""
-    return _Half(x, 0)
-
-
-def second_half(x: Pattern) -> Pattern:
-    """``x[..., d // 2 :]``."""
-    return _Half(x, 1)
-
-
-@dataclass(frozen=True)
-class _Half(Pattern):
-    inner: Pattern
-    which: int
-
-    def match(self, node: Any, found: Found, search: _Search, anchor: fx.Node) -> Iterator[Found]:
-        whole, consumed = _half_of(node, self.which)
-        if whole is None:
-            name = ("first", "second")[self.which]
-            reason = f"expected the {name} half of the last dimension, found {describe(node)}"
-            search.dead_end(reason, node, found, anchor)
-            return
-        yield from self.inner.match(whole, replace(found, interior=found.interior | consumed), search, anchor)
-
-
-def _half_of(node: Any, which: int) -> tuple[fx.Node | None, frozenset[fx.Node]]:
-    """The value that ``node`` is a half of, through a slice or a split in two, and the nodes that did it."""
-    if not isinstance(node, fx.Node):
-        return None, frozenset()
-    if node.target is operator.getitem and node.args[1] == which:
-        split = node.args[0]
-        if isinstance(split, fx.Node) and split.target in (aten.split.Tensor, aten.chunk.default):
-            whole, parts = split.args[0], value(split)
-            sizes = [p.shape[-1] for p in parts]
-            dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
-            if len(sizes) == 2 and sizes[0] == sizes[1] and dim in (-1, value(whole).dim() - 1):
-                return whole, frozenset({node, split})
-    if node.target is aten.slice.Tensor:
-        whole, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        width = value(whole).shape[-1]
-        if isinstance(width, int) and width % 2 == 0 and dim in (-1, value(whole).dim() - 1) and step == 1:
-            stop = width if end is None else end
-            bounds = (start or 0, min(stop, width) if isinstance(stop, int) else None)
-            if bounds == ((0, width // 2), (width // 2, width))[which]:
-                return whole, frozenset({node})
-    return None, frozenset()
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's call by name, in schema order, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: v for a, v in zip(schema, node.args, strict=False)} | node.kwargs
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
 
 
 def is_cast(node: fx.Node) -> bool:
     """Whether a node only converts between floating-point types."""
-    if node.target is not aten._to_copy.default or set(node.kwargs) - {"dtype"}:
+    if node.target not in _CASTS:
         return False
-    return value(node).dtype.is_floating_point and value(node.args[0]).dtype.is_floating_point
+    old, new = value(node.args[0]), value(node)
+    return old.dtype.is_floating_point and new.dtype.is_floating_point and old.device == new.device
 
 
 def describe(node: Any) -> str:
@@ -332,25 +374,18 @@ def describe(node: Any) -> str:
     return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
 
 
-def _pattern(value: Pattern | float) -> Pattern:
-    return value if isinstance(value, Pattern) else _Number("literal", value)
+def _defaults(node: fx.Node, rest: dict[str, Any]) -> str | None:
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    odd = [f"{name}={given}" for name, given in rest.items() if given != defaults[name]]
+    return f"{describe(node)} has {', '.join(odd)}" if odd else None
 
 
-def _no_alpha(node: fx.Node) -> str | None:
-    return None if node.kwargs.get("alpha", 1) == 1 else "the sum has a factor alpha"
+_CASTS = {aten._to_copy.default, aten.type_as.default, aten.to.dtype, torch.ops.prims.convert_element_type.default}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
-
-def _over_last_dimension(node: fx.Node) -> str | None:
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    last = value(node.args[0]).dim() - 1
-    if list(dims or []) not in ([-1], [last]):
-        return "the mean is not over the last dimension alone"
-    if node.kwargs.get("dtype") is not None:
-        return "the mean changes the dtype"
-    return None if keepdim else "the mean does not keep its dimension"
-
-
-def _along_last_dimension(node: fx.Node) -> str | None:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return None if dim in (-1, value(node).dim() - 1) else "the concatenation is not along the last dimension"
+add = function("add", aten.add.Tensor, aten.add.Scalar, commutes=True)
+sub = function("sub", aten.sub.Tensor, aten.sub.Scalar)
+mul = function("mul", aten.mul.Tensor, aten.mul.Scalar, commutes=True)
+div = function("div", aten.div.Tensor, aten.div.Scalar)
+power = function("pow", aten.pow.Tensor_Scalar)
+neg = function("neg", aten.neg.default)

@@ -43,7 +43,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A preset (tiny-llama, tiny-gemma2, llama-1b, ...: random weights), a folder with config.json, or a hub id.",
+        help="A preset with random weights (tiny-llama, llama-1b, …), a folder with config.json, or a hub id.",
     ),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in the batch.")]

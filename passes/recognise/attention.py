@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.attention import attention
 from ..rewrite import Match, Miss, source_line, value
-from .indexing import ZERO, Index, Shape, arguments, integer, operand_of, shape_of
+from .indexing import Shape, arguments, inside, integer, operand_of, shape_of
 from .mask import Kept, Mask, prove
 
 aten = torch.ops.aten
@@ -94,14 +94,14 @@ def _stored(k: fx.Node, v: fx.Node, heads: int | torch.SymInt) -> tuple[fx.Node,
 
 def _unrepeated(x: fx.Node, heads: int | torch.SymInt) -> tuple[fx.Node, list[fx.Node]]:
     """The tensor whose head ``h // n`` is head ``h`` of x, and the views from x up to it; x itself if there is none."""
-    batch, head, position, channel = _at(x, _INDEX)
+    batch, head, position, channel = inside(shape_of(x), _INDEX)
     node, index, path = x, (batch, head, position, channel), []
     found = x, []
     while (source := operand_of(node, index)) is not None:
         path.append(node)
         node, index = source
         repeats = _repeats(node, x, heads)
-        if repeats and index == _at(node, (batch, sympy.floor(head / repeats), position, channel)):
+        if repeats and index == inside(shape_of(node), (batch, sympy.floor(head / repeats), position, channel)):
             found = node, list(path)  # and further up: there may be views that change nothing
     return found
 
@@ -115,11 +115,6 @@ def _repeats(stored: fx.Node, x: fx.Node, heads: int | torch.SymInt) -> int | No
         return None
     alike = all(statically_known_true(old[d] == new[d]) for d in (0, 2, 3))
     return heads // old[1] if alike else None
-
-
-def _at(x: fx.Node, index: Index) -> Index:
-    """The index, where a dimension of one element has but one."""
-    return tuple(ZERO if size == 1 else i for i, size in zip(index, shape_of(x), strict=True))
 
 
 RECOGNISER = Attention()

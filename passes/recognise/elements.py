@@ -131,7 +131,7 @@ class Elements:
 
     def scanned(self, node: fx.Node, index: Index, dim: int) -> Value:
         """The value that all elements along a dimension have; Unknown where they differ."""
-        along = sympy.Symbol(f"along_{node.name}", integer=True, nonnegative=True)
+        along = sympy.Symbol(f"along_{dim}_of_{node.name}", integer=True, nonnegative=True)
         self.domain.sizes[along] = shape_of(node)[dim]
         found = self.at(node, (*index[:dim], along, *index[dim + 1 :]))
         if isinstance(found, (bool, float)) or (isinstance(found, sympy.Expr) and not found.has(along)):
@@ -197,7 +197,7 @@ def _fill(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["value"], node, index)
 
 
-@_rule(aten._to_copy.default, aten.detach.default)
+@_rule(aten._to_copy.default, aten.to.dtype, aten.detach.default)
 def _copy(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["self"], node, index)
 

@@ -36,8 +36,10 @@ def operand_of(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
         return None
     given = arguments(node)
     operand = given["self"]
-    found = rule(given, shape_of(operand), shape_of(node), index)
-    return None if found is None else (operand, found)
+    shape = shape_of(operand)
+    if (found := rule(given, shape, shape_of(node), index)) is None:
+        return None
+    return operand, inside(shape, found)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -65,6 +67,11 @@ def is_integer(number: Any) -> bool:
 def same(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two expressions are the same number whatever their symbols stand for."""
     return a == b or sympy.expand(a - b) == 0
+
+
+def inside(shape: Shape, index: Index) -> Index:
+    """The index, spelled 0 where a dimension has one element."""
+    return tuple(ZERO if size == 1 else i for size, i in zip(shape, index, strict=True))
 
 
 def align(index: Index, operand: Shape, result: Shape) -> Index | None:
@@ -147,8 +154,9 @@ def _from_the_front(position: Any, size: sympy.Expr) -> sympy.Expr | None:
 
 
 def _repeat(given: dict[str, Any], operand: Shape, result: Shape, index: Index) -> Index:
-    tail = index[len(index) - len(operand) :]
-    return tuple(sympy.Mod(i, size) for i, size in zip(tail, operand, strict=True))
+    lead = len(result) - len(operand)
+    sizes = zip(index[lead:], operand, result[lead:], strict=True)
+    return tuple(i if same(old, new) else sympy.Mod(i, old) for i, old, new in sizes)
 
 
 def _repeat_interleave(given: dict[str, Any], operand: Shape, result: Shape, index: Index) -> Index | None:

@@ -139,6 +139,8 @@ def _kind(part: Formula) -> Kind | None:
 def _kept(mask: fx.Node, strangers: list[Formula], elements: Elements) -> Kept:
     """The most telling reason: what the mask depends on, before any shape that has no name."""
     read_from = {u for part in strangers for u in unknowns(part)}
+    if False in strangers:
+        return Kept("hides every key", mask, source_line(mask))
     if not read_from:
         return Kept(f"visible where {conjunction(strangers)} is no kind of mask we know", mask, source_line(mask))
     read = min(read_from, key=lambda u: (_use(u, read_from) == "", str(u)))

@@ -1,6 +1,6 @@
-"""RMSNorm, in the three places where models round: y = x · rsqrt(mean(x²) + eps) · weight.
+"""RMSNorm (arXiv:1910.07467): y = x · rsqrt(mean(x²) + eps) · weight, in the three places where models round.
 
-The spellings differ only in where the result returns to the input's dtype, and whether the weight is stored around
+The spellings differ only in where the result returns to the input's dtype, and in whether the weight is stored around
 zero; in float32, where nothing is rounded, they are one.
 """
 
@@ -8,38 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from ...kernels.rms_norm import rms_norm
-from ..pattern import (
-    PRODUCTS,
-    Found,
-    Pattern,
-    capture,
-    cast,
-    either,
-    is_cast,
-    match,
-    mean,
-    number,
-    rsqrt,
-    sqrt,
-    square,
-)
+from ..pattern import Found, capture, cast, function, number, widened
 from ..rewrite import Match, Miss, value
+from ..search import search
+from ..vocabulary import mean, rsqrt, sqrt, square
+
+aten = torch.ops.aten
+library_rms_norm = function("rms_norm", aten.rms_norm.default)
+
+
+def rounds_first(node: fx.Node, found: Found) -> str | None:
+    if value(found["rounded"]).dtype == value(found["x"]).dtype:
+        return None
+    return f"it is scaled in {value(found['rounded']).dtype} and not rounded to x's {value(found['x']).dtype}"
+
+
+def rounds_last(node: fx.Node, found: Found) -> str | None:
+    if value(node).dtype == value(found["x"]).dtype:
+        return None
+    return f"the result is {value(node).dtype} and x is {value(found['x']).dtype}"
+
 
 x, weight, eps = capture("x"), capture("weight"), number("eps")
-xf = cast(x)
+xf = widened(x)
 variance = mean(square(xf)) + eps
-normed = either(xf * rsqrt(variance), xf / sqrt(variance))
+normed = xf * rsqrt(variance) | xf / sqrt(variance)
 
-RMS_NORM: dict[str, Pattern] = {
-    "zero-centred weight": cast(normed * (cast(weight) + 1)),  # Gemma
-    "round, then scale": weight * cast(normed),  # Llama
-    "scale, then round": cast(cast(weight) * normed),  # OLMo 2, T5
+RMS_NORM = {
+    "zero-centred weight": cast(normed * (1 + widened(weight))).where(rounds_last),
+    "round, then scale": (weight * capture("rounded", cast(normed))).where(rounds_first),
+    "scale, then round": cast(widened(weight) * normed).where(rounds_last),
+    "torch.rms_norm": library_rms_norm(x, [number("width")], weight, eps),
 }
-# Fewer nodes than this have matched by chance: a product with a root in it.
-_CLOSE = 4
+NEAR = {"nothing scales the normalised value: there is no weight": normed}
 
 
 class RmsNorm:
@@ -48,30 +53,13 @@ class RmsNorm:
     name = "rms_norm"
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
-        taken: set[fx.Node] = set()
-        results: list[Match | Miss] = []
-        for node in reversed(graph.nodes):  # the outermost conversion belongs to the norm, so it is met first
-            if node in taken or not (is_cast(node) or node.target in PRODUCTS):
-                continue
-            found = match(RMS_NORM, node)
-            if isinstance(found, Found):
-                taken |= found.interior
-                results.append(_match(node, found))
-            elif found.how_far >= _CLOSE:
-                taken |= set(node.all_input_nodes)  # the same near miss without its outermost step
-                results.append(found)
-        yield from reversed(results)
+        for result in search(graph, RMS_NORM, heart=frozenset({aten.rsqrt.default}), close=3, near=NEAR):
+            yield result if isinstance(result, Miss) else _match(*result)
 
 
-def _match(node: fx.Node, found: Found) -> Match | Miss:
-    hidden = value(found["x"]).shape[-1]
-    shape = value(found["weight"]).shape
-    if len(shape) != 1 or shape[0] != hidden:
-        reason = f"the weight's shape {tuple(shape)} is not the last dimension of x"
-        return Miss(reason, node, None, len(found.interior))
+def _match(node: fx.Node, found: Found) -> Match:
     offset = 1.0 if found.variant == "zero-centred weight" else 0.0
-    round_first = found.variant == "round, then scale"
-    args = (found["x"], found["weight"], found["eps"], offset, round_first)
+    args = (found["x"], found["weight"], found["eps"], offset, found.variant == "round, then scale")
     return Match(rms_norm, args, {node: 0}, found.interior, found.variant)
 
 

@@ -22,11 +22,9 @@ from tests.kernels.oracle import (
     reference_backward,
     reference_forward,
 )
-from unsloth.kernels.rope import rope
+from unsloth.kernels.rope import MAX_WIDTH, rope
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-
-MAX_WIDTH = 512
 
 # batch, query heads, key heads, length, width
 SHAPES = [(2, 4, 2, 3, 64), (1, 3, 3, 3, 80), (3, 9, 3, 1, 96), (1, 1, 1, 5, 2)]
@@ -116,7 +114,7 @@ def _assert_kernel_equals_reference(args: Arguments, grads: list[Tensor] | None 
     torch.testing.assert_close(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize("table_shape", [(2, 7, 64), (1, 7, 64)])
+@pytest.mark.parametrize("table_shape", [(2, 7, 64), (1, 7, 64), (7, 64)])
 def test_tables_serve_one_batch_or_all(table_shape: tuple[int, ...]) -> None:
     args = make((2, 4, 2, 7, 64), F32, 0, None, table_shape)
     torch.testing.assert_close(kernel_forward(rope, *args), eager(*args))
@@ -154,6 +152,7 @@ def test_layouts(layout: str) -> None:
     x = layouts()[layout]
     q, k, cos, sin = make((2, 3, 3, 5, 16), F32)
     for args in ((x, k, cos, sin), (q, x, cos, sin)):
+        assert_same_layout(kernel_forward(rope, *args), [args[0] * 2, args[1] * 2])  # what eager leaves
         _assert_kernel_equals_reference(args)
     for grads in ([x, torch.randn_like(k)], [torch.randn_like(q), x]):
         _assert_kernel_equals_reference((q, k, cos, sin), grads)
@@ -217,15 +216,16 @@ def test_supports_says_why_not() -> None:
     def reason(*args: Tensor) -> str:
         return rope.supports(*args) or ""
 
-    assert reason(q, k, cos, sin) == ""
+    assert reason(q, k, cos, sin) == "" and reason(q, k, cos[0], sin[0]) == ""
     assert "float64" in reason(*(x.double() for x in (q, k, cos, sin)))
     assert "k is torch.bfloat16" in reason(q, k.bfloat16(), cos, sin)
     assert "sin is torch.bfloat16" in reason(q, k, cos, sin.bfloat16())
     assert "15" in reason(*(x[..., :15] for x in (q, k, cos, sin)))
     assert str(MAX_WIDTH) in reason(*(x.repeat_interleave(64, -1) for x in (q, k, cos, sin)))
-    assert "q" in reason(q, k[:, :, :3], cos, sin) and "q" in reason(q, k[:1], cos, sin)
+    assert "number of heads" in reason(q, k[:, :, :3], cos, sin) and "number of heads" in reason(q, k[:1], cos, sin)
     assert "cos" in reason(q, k, cos[:, :3], sin) and "sin" in reason(q, k, cos, sin[..., :8])
     assert "cos" in reason(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
+    assert "cos" in reason(q[:, :, :, :8], k[:, :, :, :8], cos, sin)
 
 
 def test_what_it_does_not_support_still_computes() -> None:

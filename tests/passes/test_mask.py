@@ -75,7 +75,7 @@ CAUSAL: dict[str, Builder] = {
     "key < query + 1": lambda q, k: _columns(k) < _rows(q) + 1,
     "not key > query": lambda q, k: ~(_columns(k) > _rows(q)),
     "the difference": lambda q, k: (_rows(q) - _columns(k)) >= 0,
-    "both shifted": lambda q, k: (_columns(k) + 5 <= torch.arange(5, q + 5)[:, None]),
+    "both shifted": lambda q, k: _columns(k) + 5 <= torch.arange(5, q + 5)[:, None],
     "counted by cumsum": lambda q, k: torch.ones(k, dtype=torch.int64).cumsum(0) <= _rows(q) + 1,
     "a slice": lambda q, k: torch.arange(k + 3)[3:] - 3 <= _rows(q),
     "a view": lambda q, k: torch.arange(k).view(1, 1, 1, k) <= torch.arange(q).view(1, 1, q, 1),
@@ -89,6 +89,7 @@ CAUSAL: dict[str, Builder] = {
     "or nothing": lambda q, k: _causal(q, k) | torch.zeros(q, k, dtype=torch.bool),
     "added": lambda q, k: _added(_causal(q, k)),
     "added, the lowest float": lambda q, k: torch.where(_causal(q, k), torch.zeros(()), torch.finfo(torch.float32).min),
+    "added, from a literal": lambda q, k: torch.where(_causal(q, k), torch.zeros(q, k), torch.tensor(-1e30)),
     "full and triu": lambda q, k: torch.full((q, k), float("-inf")).triu(1),
     "masked_fill": lambda q, k: torch.zeros(q, k).masked_fill(_causal(q, k).logical_not(), float("-inf")),
     "one minus": lambda q, k: (1.0 - _causal(q, k).float()) * torch.finfo(torch.float32).min,
@@ -147,6 +148,7 @@ NEAR_CAUSAL: dict[str, tuple[Builder, str]] = {
     "adds a bias": (lambda q, k: torch.where(_causal(q, k), 1.0, float("-inf")), "something else than 0 or -inf"),
     "hides the past": (lambda q, k: _added(~_causal(q, k)), "no kind of mask"),
     "minus infinity cancelled": (lambda q, k: _added(_causal(q, k), -1e9) - _added(_causal(q, k), -1e9), "number nan"),
+    "hides everything": (lambda q, k: _causal(q, k) & (_columns(k) > _rows(q)), "hides every key"),
     "random": (lambda q, k: _causal(q, k) & (torch.rand(q, k) > 0.5), "unknown operation aten.rand"),
 }
 
@@ -261,6 +263,18 @@ def combined(draw: Any, numbers: st.SearchStrategy[Piece]) -> Piece:
 
 
 @st.composite
+def near_causal(draw: Any) -> Piece:
+    compare = getattr(torch, draw(st.sampled_from(["le", "lt", "ge", "gt"])))
+    offset, swapped = draw(st.sampled_from([-3, -1, 0, 0, 1, 3])), draw(st.booleans())
+
+    def build(env: Environment) -> Tensor:
+        q, k = torch.arange(env["q"])[:, None] + offset, torch.arange(env["k"])
+        return compare(k, q) if swapped else compare(q, k)
+
+    return build
+
+
+@st.composite
 def compared(draw: Any) -> Piece:
     compare = getattr(torch, draw(st.sampled_from(["le", "lt", "ge", "gt", "eq", "ne"])))
     a, b, constant = draw(integers), draw(integers), draw(CONSTANTS)
@@ -286,10 +300,11 @@ def connected(draw: Any, booleans: st.SearchStrategy[Piece]) -> Piece:
     }[kind]
 
 
-comparisons = st.deferred(compared)
+comparisons = st.one_of(near_causal(), st.deferred(compared))
 integers = st.recursive(st.one_of(positions(), positions(), documents()), combined, max_leaves=3)
 padding = st.just(lambda env: env["k_data"][:, None, None, :].to(torch.bool))
-booleans = st.recursive(st.one_of(comparisons, comparisons, comparisons, triangles(), padding), connected, max_leaves=4)
+leaves = st.one_of(near_causal(), near_causal(), triangles(), comparisons, comparisons, padding)
+booleans = st.recursive(leaves, connected, max_leaves=4)
 
 _MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "boolean": lambda m: m,
@@ -299,7 +314,7 @@ _MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     piece=booleans,
     form=st.sampled_from(sorted(_MASKS)),

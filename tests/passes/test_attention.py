@@ -1,0 +1,372 @@
+"""Attention is recognised where its mask is proven, and takes keys and values as they were before being repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
+
+from tests.tracing import targets, trace
+from unsloth.compiler.capture import retrace
+from unsloth.passes.recognise.attention import RECOGNISER
+from unsloth.passes.recognise.mask import prove
+from unsloth.passes.rewrite import Match, Miss
+from unsloth.passes.runner import run_passes
+
+MODES = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+
+
+def symbolic(function: Callable[..., Any], *args: Tensor) -> Callable[..., Any]:
+    """Make batch and length symbolic, as in a model: heads and width stay, and equal sizes are known to be equal."""
+    dims = [(i, d) for i, x in enumerate(args) for d in (0, 2) if x.shape[d] > 1]
+    for i, d in dims:
+        torch._dynamo.mark_dynamic(args[i], d)
+    equal = [(i, d) for i, d in dims if args[i].shape[d] == args[0].shape[d]]
+
+    def checked(*args: Tensor) -> Any:
+        for i, d in equal:
+            torch._check(args[i].shape[d] == args[0].shape[d])
+        return function(*args)
+
+    return checked
+
+
+def found(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Match | Miss:
+    gm = trace(symbolic(function, *args), *args, dynamic=None) if dynamic else trace(function, *args)
+    (result,) = RECOGNISER.find(gm.graph)
+    return result
+
+
+def matched(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Match:
+    result = found(function, *args, dynamic=dynamic)
+    assert isinstance(result, Match), result
+    return result
+
+
+def missed(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> str:
+    result = found(function, *args, dynamic=dynamic)
+    assert isinstance(result, Miss)
+    return result.reason
+
+
+def heads(count: int, length: int = 6, width: int = 8, batch: int = 2) -> Tensor:
+    return torch.randn(batch, count, length, width, requires_grad=True)
+
+
+def repeated(x: Tensor, n: int) -> Tensor:
+    """As transformers does it: head h of the result is head h // n."""
+    batch, stored, length, width = x.shape
+    return x[:, :, None, :, :].expand(batch, stored, n, length, width).reshape(batch, stored * n, length, width)
+
+
+def inputs(match: Match) -> list[int]:
+    """Which of the arguments called q, k, v, or of ``*args``, the operator's q, k and v are."""
+    names = ["L_q_", "L_k_", "L_v_", "L_args_0_", "L_args_1_", "L_args_2_"]
+    return [names.index(str(a.target)) % 3 for a in match.args[:3]]
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
+@MODES
+@pytest.mark.parametrize("causal", [False, True])
+def test_flags(causal: bool, dynamic: bool) -> None:
+    match = matched(
+        lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=causal),
+        *(heads(4) for _ in range(3)),
+        dynamic=dynamic,
+    )
+    assert inputs(match) == [0, 1, 2]
+    assert match.args[3:] == (causal, 8**-0.5) and match.autocast == (0, 1, 2)
+    assert match.variant == ("causal" if causal else "everything visible")
+    assert list(match.outputs) == list(match.interior)
+
+
+def test_a_scale_is_taken_over() -> None:
+    def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
+
+    assert matched(scaled, heads(4), heads(4), heads(4)).args[4] == 0.25
+
+
+@MODES
+def test_a_proven_mask_becomes_a_flag(dynamic: bool) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        return scaled_dot_product_attention(q, k, v, attn_mask=positions <= positions[:, None])
+
+    match = matched(masked, heads(4), heads(4), heads(4), dynamic=dynamic)
+    assert match.args[3] is True and match.variant == "causal" and len(match.interior) == 1
+
+
+@MODES
+def test_a_mask_that_hides_nothing_disappears(dynamic: bool) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(q.shape[2], k.shape[2]))
+
+    match = matched(masked, heads(4, 6), heads(4, 9), heads(4, 9), dynamic=dynamic)
+    assert match.args[3] is False and match.variant == "everything visible"
+
+
+# -- near misses -------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_refused() -> None:
+    def dropping(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+
+    assert missed(dropping, heads(4), heads(4), heads(4)) == "attention weights are dropped with probability 0.1"
+
+
+@MODES
+def test_causal_over_other_lengths_is_refused(dynamic: bool) -> None:
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    for function in causal, masked:
+        assert missed(function, heads(4, 6), heads(4, 9), heads(4, 9), dynamic=dynamic).startswith("causal with ")
+
+
+@MODES
+def test_a_window_is_proven_but_kept(dynamic: bool) -> None:
+    def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        back = positions[:, None] - positions
+        return scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < 4))
+
+    reason = "causal ∧ window 4: no kernel for a window yet, the mask is kept"
+    assert missed(windowed, heads(4), heads(4), heads(4), dynamic=dynamic) == reason
+    short = (heads(4, 3) for _ in range(3))
+    if not dynamic:
+        assert matched(windowed, *short).variant == "causal"
+
+
+def test_a_padding_mask_is_kept_and_says_where_it_is_made() -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        mask = (positions <= positions[:, None]) & attention_mask[:, None, None, :].bool()
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    result = found(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
+    assert isinstance(result, Miss)
+    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
+    assert result.source_line is not None and result.source_line.startswith("test_attention.py:")
+
+
+def test_three_dimensions_are_refused() -> None:
+    assert "are not [batch, heads, length, width]" in missed(
+        scaled_dot_product_attention, *(torch.randn(4, 6, 8) for _ in range(3))
+    )
+
+
+# -- grouped keys and values -------------------------------------------------------------------------------------------
+
+REPEATED: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "unsqueeze, expand, reshape": repeated,
+    "repeat_interleave": lambda x, n: x.repeat_interleave(n, dim=1),
+    "repeat a new dimension": lambda x, n: x.unsqueeze(2).repeat(1, 1, n, 1, 1).flatten(1, 2),
+    "contiguous first": lambda x, n: repeated(x.transpose(2, 3).contiguous().transpose(2, 3), n),
+}
+
+
+@MODES
+@pytest.mark.parametrize(("stored", "batch"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("spelling", REPEATED)
+def test_repeated_heads_are_seen_through(spelling: str, stored: int, batch: int, dynamic: bool) -> None:
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (REPEATED[spelling](x, 4 // stored) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    args = heads(4, batch=batch), heads(stored, batch=batch), heads(stored, batch=batch)
+    match = matched(grouped, *args, dynamic=dynamic)
+    assert inputs(match) == [0, 1, 2]
+    # Nothing else has a use for the repeated heads, so they are part of the match.
+    assert all(n in match.interior for a in match.anchor.args[1:3] for n in [a])
+
+
+def test_one_key_head_for_all() -> None:
+    def shared(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1))
+
+    assert inputs(matched(shared, heads(4), heads(1), heads(1))) == [0, 1, 2]
+
+
+def test_enable_gqa() -> None:
+    def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    match = matched(grouped, heads(4), heads(2), heads(2))
+    assert inputs(match) == [0, 1, 2]
+
+
+NOT_REPEATED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "in the other order": lambda k, v: (k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)),
+    "expanded in front": lambda k, v: tuple(x.unsqueeze(1).expand(-1, 2, -1, -1, -1).flatten(1, 2) for x in (k, v)),
+    "one in the other order": lambda k, v: (repeated(k, 2), v.repeat(1, 2, 1, 1)),
+    "and cut": lambda k, v: (repeated(k, 2)[:, :, :5], repeated(v, 2)[:, :, :5]),
+    "and shifted": lambda k, v: (repeated(k, 2)[:, :, 1:], repeated(v, 2)[:, :, 1:]),
+    "and detached": lambda k, v: (repeated(k, 2).detach(), repeated(v, 2).detach()),
+    "and transposed": lambda k, v: tuple(repeated(x.transpose(2, 3), 2).reshape(2, 4, 6, 8) for x in (k, v)),
+    "and scaled": lambda k, v: (repeated(k, 2) * 2, repeated(v, 2) * 2),
+}
+
+
+@pytest.mark.parametrize("spelling", NOT_REPEATED)
+def test_other_repetitions_are_taken_as_they_are(spelling: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, *NOT_REPEATED[spelling](k, v))
+
+    match = matched(attend, heads(4), heads(2), heads(2))
+    assert match.args[1:3] == match.anchor.args[1:3] and match.interior == {match.anchor}
+
+
+def test_repeated_keys_with_values_of_their_own_are_taken_as_they_are() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, repeated(k, 2), v)
+
+    match = matched(attend, heads(4), heads(2), heads(4))
+    assert match.args[1:3] == match.anchor.args[1:3]
+
+
+def test_repeated_along_another_dimension_is_no_attention_of_ours() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k.repeat_interleave(2, dim=2), v.repeat_interleave(2, dim=2))
+
+    match = matched(attend, heads(4), heads(4, 3), heads(4, 3))
+    assert match.args[1:3] == match.anchor.args[1:3]
+
+
+def test_repeated_heads_with_other_users_stay() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k = repeated(k, 2)
+        return scaled_dot_product_attention(q, k, repeated(v, 2)), k
+
+    match = matched(attend, heads(4), heads(2), heads(2))
+    assert inputs(match) == [0, 1, 2]
+    assert match.anchor.args[1] not in match.interior and match.anchor.args[2] in match.interior
+
+
+# -- the rewritten graph -----------------------------------------------------------------------------------------------
+
+
+@MODES
+def test_the_rewritten_graph_computes_the_same(dynamic: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        mask = (positions <= positions[:, None])[None, None].expand(q.shape[0], -1, -1, -1)
+        out = scaled_dot_product_attention(q, repeated(k, 2), repeated(v, 2), attn_mask=mask)
+        return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [RECOGNISER], strict=True)
+        assert [s.detail for s in report.rewritten] == ["causal"] and not report.missed
+        assert not {"arange", "le", "expand", "scaled_dot_product_attention"} & set(targets(result))
+        return result
+
+    torch._dynamo.reset()
+    args = heads(4), heads(2), heads(2)
+    function = symbolic(attend, *args) if dynamic else attend
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(*args).square().sum(), args) for f in (compiled, attend))
+    torch.testing.assert_close(got, wanted)
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+LENGTH = 12
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(num_hidden_layers=2, **COMMON),
+    "qwen3": lambda: Qwen3Config(head_dim=8, num_hidden_layers=1, **COMMON),
+    "phi3": lambda: Phi3Config(num_hidden_layers=1, **COMMON),
+    "mistral": lambda: MistralConfig(sliding_window=None, num_hidden_layers=1, **COMMON),
+    "mistral, window": lambda: MistralConfig(sliding_window=8, num_hidden_layers=1, **COMMON),
+}
+
+
+def in_model(config: PretrainedConfig, dynamic: bool, **inputs: Tensor) -> list[Match | Miss]:
+    """What is found in a model's graph, each proven mask compared with the tensor that the model would have used."""
+    results: list[Match | Miss] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        graph = retrace(gm)
+        results.extend(RECOGNISER.find(graph.graph))
+        values = [i.node.hint if isinstance(i, torch.SymInt) else i for i in example_inputs]
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.aten.scaled_dot_product_attention.default and node.args[3:4] not in (
+                (),
+                (None,),
+            ):
+                _assert_proven_is_real(graph, node, values)
+        return graph
+
+    torch._dynamo.reset()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    ids = torch.randint(1, 64, (2, LENGTH))
+    torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)(input_ids=ids, use_cache=False, **inputs)
+    return results
+
+
+def _assert_proven_is_real(gm: fx.GraphModule, node: fx.Node, inputs: Any) -> None:
+    q, k, _, mask = node.args
+    proof = prove(mask, (*q.meta["val"].shape[:3], k.meta["val"].shape[2]))  # type: ignore[union-attr]
+    until = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for n in gm.graph.nodes:
+        copied[n] = until.node_copy(n, copied.__getitem__)
+        if n is mask:
+            break
+    until.output(copied[mask])  # type: ignore[index]
+    real = fx.Interpreter(fx.GraphModule(gm, until)).run(*inputs)
+    back = torch.arange(real.shape[2])[:, None] - torch.arange(real.shape[3])
+    window = getattr(proof, "window", None) or real.shape[3]
+    if hasattr(proof, "kinds"):
+        assert torch.equal(real, ((back >= 0) & (back < window)).expand_as(real))
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("llama", False), ("llama", True), ("qwen3", False), ("phi3", True), ("mistral", False)]
+)
+def test_every_attention_of_a_model(name: str, dynamic: bool) -> None:
+    config = CONFIGS[name]()
+    results = in_model(config, dynamic)
+    assert len(results) == config.num_hidden_layers
+    for match in results:
+        assert isinstance(match, Match) and match.variant == "causal" and match.args[3] is True
+        assert [a.meta["val"].shape[1] for a in match.args[:3]] == [4, 2, 2]
+
+
+@MODES
+def test_a_model_with_a_window(dynamic: bool) -> None:
+    (result,) = in_model(CONFIGS["mistral, window"](), dynamic)
+    assert isinstance(result, Miss)
+    assert result.reason == "causal ∧ window 8: no kernel for a window yet, the mask is kept"
+
+
+def test_a_model_with_masks_from_data() -> None:
+    ones = torch.ones(2, LENGTH, dtype=torch.int64)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 2)
+    for inputs, reason in (
+        ({"attention_mask": ones}, "the mask is kept: depends on the input attention_mask (padding)"),
+        ({"position_ids": positions}, "the mask is kept: depends on the input position_ids (documents)"),
+    ):
+        (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, **inputs)
+        assert isinstance(result, Miss) and result.reason == reason
+        assert str(result.source_line).startswith("masking_utils.py:")
