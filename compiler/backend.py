@@ -157,6 +157,6 @@ def _shape_of(value: torch.Tensor, placeholders: list[fx.Node]) -> Callable[[Seq
 
     def shape(args: Sequence[Any]) -> tuple[int, ...]:
         known = {symbol: read(args) for symbol, read in sources.items()}
-        return tuple(int(e.subs(known)) if hasattr(e, "subs") else int(e) for e in expressions)
+        return tuple(e if isinstance(e, int) else int(e.subs(known)) for e in expressions)
 
     return shape

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
+from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from ..passes.gradients import reachable_inputs
@@ -70,7 +71,7 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
     if any(isinstance(f, Tensor) and not isinstance(f, FakeTensor) for f in fakes):
         raise CaptureError("an input is not a plain tensor")
     try:
-        with mode, torch.fx.traceback.preserve_node_meta():
+        with mode, preserve_node_meta():
             carried = _fresh_outputs(gm, mode)
             graph = make_fx(_Functionalised(gm, carried), pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:

@@ -61,7 +61,9 @@ def _inline(graph: fx.Graph, node: fx.Node, formula: Any, values: tuple[Any, ...
         outputs = _splice(graph, body, [node.args[i] for i in positions])
     if isinstance(outputs, (tuple, list)):
         for user in list(node.users):  # an operator with several outputs is only ever read through getitem
-            user.replace_all_uses_with(outputs[user.args[1]])
+            index = user.args[1]
+            assert isinstance(index, int)
+            user.replace_all_uses_with(outputs[index])
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(outputs)

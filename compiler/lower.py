@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def lower(
     options: Options,
     mode: str | None,
     report: GraphReport,
-) -> Callable[..., Any]:
+) -> Any:
     """Lower a rewritten graph as ``options.lowering`` says."""
     if options.lowering == "eager":
         return graph.forward
@@ -37,9 +37,7 @@ def lower(
     return compile_fx(graph, list(example_inputs), config_patches=patches)
 
 
-def lower_plain(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
-) -> Callable[..., Any]:
+def lower_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Any:
     """What would have run without us: Inductor, or Dynamo's graph itself under ``lowering="eager"``."""
     if options.lowering == "eager":
         return gm.forward

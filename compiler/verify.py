@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from ..passes.recognise import RECOGNISERS
 from ..passes.rewrite import Recogniser
@@ -126,7 +127,7 @@ def _step(run: Any, owner: nn.Module, batch: Any) -> _Step:
 def _compiled_step(model: nn.Module, batch: Any, options: Options, recognisers: Sequence[Recogniser]) -> _Step:
     torch._dynamo.reset()
     # Inductor draws dropout masks of its own unless told to draw eager's.
-    with torch._inductor.config.patch(fallback_random=True):
+    with inductor_config.patch(fallback_random=True):
         step = _step(compiled(model, options, [], recognisers), model, batch)
     torch._dynamo.reset()
     return step

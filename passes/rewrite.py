@@ -82,7 +82,7 @@ class Refused:
     reason: str
 
 
-def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> fx.Node | Refused:
+def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> dict[fx.Node, fx.Node] | Refused:
     """Replace a match by its operator, or say which soundness rule or guard forbids it.
 
     Args:
@@ -91,7 +91,7 @@ def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> fx.Node 
         region: from :func:`regions`; no match may span two of them.
 
     Returns:
-        The operator's node, or the refusal (the graph is then unchanged).
+        The new node for each of the match's outputs, or the refusal (the graph is then unchanged).
     """
     if reason := _unsound(match, region):
         return Refused(reason)
@@ -107,7 +107,7 @@ def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> fx.Node 
         result = match.operator.overload(*values)
     results = result if isinstance(result, tuple) else (result,)
     for node, index in match.outputs.items():
-        if difference := _changes(value(node), results[index]):
+        if difference := _changes(node, results[index]):
             return Refused(f"the operator would return {difference}")
     return _emit(graph, match, place, casts, target, result)
 
@@ -134,15 +134,21 @@ def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
     return place if not outside or order[place] <= min(outside) else None
 
 
-def _changes(old: torch.Tensor, new: torch.Tensor) -> str | None:
+def _changes(node: fx.Node, new: torch.Tensor) -> str | None:
+    old = value(node)
     if old.dtype != new.dtype:
         return f"{new.dtype} instead of {old.dtype}"
     if old.dim() != new.dim() or not statically_known_true(sym_eq(tuple(old.shape), tuple(new.shape))):
         return f"shape {tuple(new.shape)} instead of {tuple(old.shape)}"
+    is_output = any(user.op == "output" for user in node.users)
+    if is_output and not statically_known_true(sym_eq(tuple(old.stride()), tuple(new.stride()))):
+        return f"a graph output with strides {new.stride()} instead of {old.stride()}"
     return None
 
 
-def _emit(graph: fx.Graph, match: Match, place: fx.Node, casts: set[int], target: torch.dtype, result: Any) -> fx.Node:
+def _emit(
+    graph: fx.Graph, match: Match, place: fx.Node, casts: set[int], target: torch.dtype, result: Any
+) -> dict[fx.Node, fx.Node]:
     def insert(function: Any, args: tuple[Any, ...], val: Any, kwargs: dict[str, Any] | None = None) -> fx.Node:
         node = graph.call_function(function, args, kwargs or {})
         node.meta = {k: v for k, v in match.anchor.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
@@ -155,10 +161,13 @@ def _emit(graph: fx.Graph, match: Match, place: fx.Node, casts: set[int], target
             cast = value(args[i]).to(target)
             args[i] = insert(torch.ops.aten._to_copy.default, (args[i],), cast, {"dtype": target})
         call = insert(match.operator.overload, tuple(args), result)
-        for node, index in match.outputs.items():
-            new = insert(operator.getitem, (call, index), result[index]) if isinstance(result, tuple) else call
-            node.replace_all_uses_with(new)
-    return call
+        new = {
+            node: insert(operator.getitem, (call, index), result[index]) if isinstance(result, tuple) else call
+            for node, index in match.outputs.items()
+        }
+    for old, replacement in new.items():
+        old.replace_all_uses_with(replacement)
+    return new
 
 
 def _fake_mode(values: list[Any]) -> Any:
@@ -195,7 +204,7 @@ def is_random(node: fx.Node) -> bool:
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return given != 0.0
+            return bool(given != 0.0)
     return True
 
 
@@ -218,6 +227,7 @@ def module_path(node: fx.Node) -> str:
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
+    path = path.replace(".__dict__._modules", "")
     return re.sub(r"^L\.self\.?|^self\.?|^L__self___?", "", path)
 
 

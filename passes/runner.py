@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,7 +18,6 @@ from torch._logging import trace_structured
 
 from .rewrite import Match, Miss, Recogniser, Refused, apply, module_path, regions, source_line
 from .soundness import Unsound, assert_same_mathematics, count_guards
-
 
 # What AOTAutograd and Inductor read from Dynamo's graph module besides its graph.
 MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "shape_env", "compile_subgraph_reason")
@@ -120,14 +120,18 @@ def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> N
     found = list(recogniser.find(graph))
     region = regions(graph)
     gone: set[fx.Node] = set()
+    replaced: dict[fx.Node, fx.Node] = {}
     for item in found:
         if isinstance(item, Match):
             if item.interior & gone:
                 continue  # an earlier, overlapping match has taken these nodes
             site = _site(recogniser.name, item.anchor, item.variant)
-            outcome = apply(graph, item, region)
+            # An argument may be the output of a match that has been replaced since this one was found.
+            arguments = tuple(replaced.get(a, a) if isinstance(a, fx.Node) else a for a in item.args)
+            outcome = apply(graph, replace(item, args=arguments), region)
             if not isinstance(outcome, Refused):
                 gone |= item.interior
+                replaced |= outcome
                 report.rewritten.append(site)
                 continue
             item = Miss(outcome.reason, item.anchor, site.source_line, len(item.interior))
@@ -165,10 +169,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """An independent copy of the graph; submodules, attributes and node values are shared."""
     graph = fx.Graph()
     value_map: dict[fx.Node, fx.Node] = {}
-    copied_output = graph.graph_copy(gm.graph, value_map, return_output_node=True)
-    assert copied_output is not None
-    value, old = copied_output
-    graph.output(value).meta.update(old.meta)
+    results: Any = graph.graph_copy(gm.graph, value_map, return_output_node=True)
+    assert results is not None, "every graph has an output"
+    graph.output(results[0]).meta.update(results[1].meta)
     for before, after in value_map.items():
         after.meta = dict(before.meta)
         copy_source(before, after)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+from tests.toy import Raising
 from unsloth.compiler import backend as backend_module
 from unsloth.compiler.backend import compile_graph
 from unsloth.compiler.logits import DroppedLogits, DroppedLogitsError
@@ -17,8 +19,6 @@ from unsloth.compiler.run import compiled
 from unsloth.models import presets
 from unsloth.passes.recognise import RECOGNISERS
 from unsloth.passes.runner import CompilerWarning
-
-from tests.toy import Raising
 
 TINY = ["tiny-llama", "tiny-qwen3", "tiny-mistral", "tiny-gemma2", "tiny-phi3"]
 TRAINED_ON = {"use_cache": False}

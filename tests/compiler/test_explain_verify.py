@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+
 from unsloth import explain, verify
 from unsloth.compiler.options import OptionError
 from unsloth.compiler.run import BatchError
@@ -40,7 +41,8 @@ def test_explain_shows_near_misses_with_reason_and_source_line() -> None:
 
         def forward(self, x):
             centred = x - x.mean(-1, keepdim=True)
-            y = self.weight * (centred * torch.rsqrt((x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-6))
+            variance = (x - x.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True)
+            y = self.weight * (centred * torch.rsqrt(variance + 1e-6))
             return self.head(y).sum()
 
     explanation = explain(Norm(), (torch.randn(2, 8),))

@@ -45,5 +45,5 @@ def test_reading_dropped_logits_raises() -> None:
     assert logits.shape == (2, 5, 7) and logits.dtype == torch.bfloat16 and "DroppedLogits" in repr(logits)
     logits.detach()
     for use in (lambda: logits + 1, lambda: logits.argmax(-1), lambda: logits[0], lambda: logits.float()):
-        with pytest.raises(DroppedLogitsError, match='options={"logits": "keep"}'):
+        with pytest.raises(DroppedLogitsError, match=r'options=\{"logits": "keep"\}'):
             use()

@@ -175,14 +175,13 @@ def test_rule_4_only_the_guilty_pass_is_dropped() -> None:
 def test_rule_4_output_strides_are_kept() -> None:
     gm = trace(lambda x, w: (x.t() * 3.0, linear(x, w).sum()), *inputs())
     other = copy_graph(gm)
+    node = next(n for n in other.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    with other.graph.inserting_after(node):
+        copied = {"memory_format": torch.contiguous_format}
+        clone = other.graph.call_function(torch.ops.aten.clone.default, (node,), copied)
+    node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
+    other.recompile()
     with pytest.raises(Unsound, match="output 0 changed its strides"):
-        node = next(n for n in other.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
-        with other.graph.inserting_after(node):
-            clone = other.graph.call_function(
-                torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
-            )
-        node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
-        other.recompile()
         assert_same_mathematics(gm, other)
 
 
