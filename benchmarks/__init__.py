@@ -1,1 +1,1 @@
-
+"""Side-by-side measurements of training systems."""

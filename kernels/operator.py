@@ -243,8 +243,8 @@ def _register_backward(op: Operator) -> None:
 
 def _as_returned(gradients: Sequence[Tensor | None], like: Tensor) -> Any:
     # A dispatcher schema cannot return None, so a gradient that nobody wants is an empty tensor.
-    filled = tuple(like.new_empty(0) if g is None else g for g in gradients)
-    return filled if len(filled) > 1 else filled[0]
+    filled = [like.new_empty(0) if g is None else g for g in gradients]
+    return tuple(filled) if len(filled) > 1 else filled[0]
 
 
 def _register_autograd(op: Operator) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from ..runner import CompilerWarning
 from . import torch_private
-from .plan import Joint, Plan, base, is_value, keep_plan, nbytes, read_joint, recompute_plan
-
-_SOURCES = ("plan.py", "partition.py", "torch_private.py")
+from .joint import Joint, base, is_value, nbytes, read_joint
+from .plan import Plan, keep_plan, recompute_plan
 
 
 class Partitioner(CustomPartitionerFn):
@@ -24,7 +25,8 @@ class Partitioner(CustomPartitionerFn):
 
     Inductor runs its joint-graph passes first, so dropout arrives here as a function of its seed. Keeping and
     recomputing give the same numbers where recomputed values round like kept ones, which the backend arranges by
-    Inductor's ``emulate_precision_casts``.
+    Inductor's ``emulate_precision_casts``. A graph that comes out of Inductor's cache was planned in an earlier
+    process: ``last_plan`` then stays None.
 
     Args:
         budget: peak bytes for inputs, gradients and kept values together; None means what the device has free now.
@@ -49,7 +51,6 @@ class Partitioner(CustomPartitionerFn):
                 gm,
                 num_fwd_outputs=kwargs["num_fwd_outputs"],
                 indices=kwargs.get("static_lifetime_input_indices"),
-                nodes=kwargs.get("static_lifetime_input_nodes"),
             )
         except Exception as error:
             if self.strict:
@@ -59,15 +60,21 @@ class Partitioner(CustomPartitionerFn):
             return torch_private.min_cut(gm, joint_inputs, **kwargs)
 
     def _partition(
-        self, gm: fx.GraphModule, *, num_fwd_outputs: int, indices: list[int] | None, nodes: Any
+        self, gm: fx.GraphModule, *, num_fwd_outputs: int, indices: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        backward, gradients = torch_private.backward_nodes(gm, indices, num_fwd_outputs)
-        joint = read_joint(gm, backward, gradients)
-        self.last_plan = self.choose(joint, gradients)
-        kept = set(self.last_plan.kept)
-        saved = [n for n in joint.forward if is_value(n) and (n.op == "placeholder" or n.name in kept)]
+        torch_private.tidy(gm)
+        sides = torch_private.sides(gm, indices, num_fwd_outputs)
+        mutated = torch_private.inputs_mutated_outside(gm)
+        joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
+        plan = self.choose(joint, sides.gradients)
+        kept = set(plan.kept)
+        # Symbolic numbers are saved where they are wanted; the cut drops whatever backward does not read.
         symbols = [n for n in joint.forward if torch_private.is_sym_node(n)]
-        return torch_private.extract(gm, saved, symbols, num_fwd_outputs, indices, nodes)
+        inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
+        saved = inputs + [n for n in joint.forward if n.name in kept]
+        halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, sides.long_lived)
+        self.last_plan = plan
+        return halves
 
     def choose(self, joint: Joint, gradients: Sequence[Any]) -> Plan:
         """The plan for a joint graph under this partitioner's policy and budget."""
@@ -84,12 +91,13 @@ class Partitioner(CustomPartitionerFn):
             return keep
         if needed <= allowed:
             return keep
-        return recompute_plan(joint, f"keeping needs about {needed / 2**30:.2f} of {allowed / 2**30:.2f} GiB")
+        why = f"keeping needs about {needed / 2**30:.2f} of {allowed / 2**30:.2f} GiB"
+        less = recompute_plan(joint, why)
+        return less if less.saved_bytes < keep.saved_bytes else replace(keep, why=f"{why}; recomputing saves nothing")
 
     def uuid(self) -> str:
-        here = Path(__file__).parent
-        sources = b"".join((here / name).read_bytes() for name in _SOURCES)
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{hashlib.sha256(sources).hexdigest()}"
+        # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
+        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last_plan": None}  # a report, not part of what the partitioner is
@@ -109,6 +117,14 @@ def estimated_peak(joint: Joint, gradients: Sequence[Any], plan: Plan) -> int:
 def _input_bytes(joint: Joint) -> int:
     inputs = {base(n) for n in joint.forward if n.op == "placeholder" and is_value(n)}
     return sum(nbytes(n) for n in inputs)
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Hash of the code that plans: this folder, and what it knows of operators."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "rewrite.py", *sorted(here.parents[1].glob("kernels/*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def _free_bytes() -> int | None:

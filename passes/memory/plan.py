@@ -4,7 +4,7 @@ A plan only names the values to keep. Two policies make one:
 
 * ``keep``: everything that backward wants, in the fewest bytes that need no expensive operator twice. Views, casts,
   elementwise arithmetic and our memory-bound operators are repeated where their inputs are kept anyway.
-* ``recompute``: only what crosses from one repeated layer to the next, and what the head needs.
+* ``recompute``: only what crosses the border of a repeated layer, and what the rest (the head) needs.
 
 Random operators are never run a second time without their seed: a recomputed dropout mask would be another mask, and
 the loss would not show it.
@@ -13,30 +13,34 @@ the loss would not show it.
 from __future__ import annotations
 
 import hashlib
-import operator
-import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from ...kernels.operator import operator_of
-from ..rewrite import is_random, module_path, value
+from .joint import (
+    Joint,
+    base,
+    inputs,
+    is_free,
+    is_pinned,
+    is_repeatable,
+    is_statistic,
+    is_value,
+    is_view,
+    layers,
+    maker,
+    nbytes,
+)
 
-# An operator below this many FLOPs per byte moved is bound by memory, and running it again is cheap.
-MEMORY_BOUND = 32
-# A statistic (rstd, logsumexp) this much smaller than what its operator reads is kept rather than computed again.
-STATISTIC = 16
 # Longest chain of cheap operators that backward repeats to get at one value.
 LONGEST_CHAIN = 24
 
 
 class Tag(Enum):
-    """What happens to a forward value that backward wants."""
+    """What happens to a forward value that backward needs."""
 
     KEEP = "keep"
     RECOMPUTE = "recompute"
@@ -48,7 +52,8 @@ class Plan:
 
     Attributes:
         policy: "keep" or "recompute".
-        tags: a tag per forward value that backward reads, by node name. Graph inputs are not listed: they are there.
+        tags: a tag per forward value that backward needs, by node name. Graph inputs and views are not listed: the
+            former are there anyway, the latter are what their base is.
         saved_bytes: bytes of the kept values, symbolic sizes at their hints.
         why: why this policy was chosen.
     """
@@ -63,216 +68,139 @@ class Plan:
         return [name for name, tag in self.tags.items() if tag is Tag.KEEP]
 
     @property
+    def recomputed(self) -> list[str]:
+        return [name for name, tag in self.tags.items() if tag is Tag.RECOMPUTE]
+
+    @property
     def digest(self) -> str:
         text = ";".join(f"{name}={tag.value}" for name, tag in sorted(self.tags.items()))
         return hashlib.sha256(f"{self.policy}:{text}".encode()).hexdigest()
 
     def __str__(self) -> str:
-        counts = Counter(tag for tag in self.tags.values())
         return (
-            f"{self.policy} ({self.why}): {counts[Tag.KEEP]} values kept, {self.saved_bytes / 2**30:.2f} GiB; "
-            f"{counts[Tag.RECOMPUTE]} computed again"
+            f"{self.policy} ({self.why}): {len(self.kept)} values kept, {self.saved_bytes / 2**30:.2f} GiB; "
+            f"{len(self.recomputed)} computed again"
         )
-
-
-@dataclass(frozen=True)
-class Joint:
-    """A joint graph seen from the memory floor: who can run in forward, and what backward reads.
-
-    Attributes:
-        forward: nodes that need no gradient from outside, in order.
-        wanted: forward values that backward nodes or outputs read, in order, placeholders excluded.
-    """
-
-    graph: fx.Graph
-    forward: list[fx.Node]
-    wanted: list[fx.Node]
-
-
-def read_joint(gm: fx.GraphModule, backward: set[fx.Node], backward_outputs: Iterable[Any]) -> Joint:
-    """Split a joint graph into what forward can compute and what backward wants of it.
-
-    Args:
-        gm: the joint graph.
-        backward: every node that depends on a tangent, or has to run in backward.
-        backward_outputs: the joint graph's outputs that are gradients.
-    """
-    forward = [n for n in gm.graph.nodes if n not in backward and n.op != "output"]
-    read = {i for n in backward if n.op != "output" for i in n.all_input_nodes}
-    read |= {o for o in backward_outputs if isinstance(o, fx.Node)}
-    wanted = [n for n in forward if n in read and is_value(n)]
-    return Joint(gm.graph, forward, wanted)
 
 
 def keep_plan(joint: Joint, why: str = "it fits") -> Plan:
     """Keep everything that backward wants, in the fewest bytes that need no expensive operator twice."""
-    kept: set[fx.Node] = set()
-    for node in joint.wanted:
-        kept |= _cheapest(node, kept)
+    kept = _fewest_bytes(joint, joint.wanted, set(), lambda n: is_repeatable(n, joint))
     return _plan("keep", joint, kept, why)
 
 
 def recompute_plan(joint: Joint, why: str = "asked for") -> Plan:
-    """Keep what crosses from one repeated layer to the next, what is random, and what the head needs."""
-    layer = layers(joint.forward)
-    kept = {n for n in joint.forward if is_value(n) and _must_keep(n)}
-    for node in joint.forward:
-        for source in map(base, node.all_input_nodes):
-            crosses = node in layer and layer.get(source) != layer[node]
-            if crosses and is_value(source):
-                kept.add(source)
-    for node in joint.wanted:
-        if layer and base(node) not in layer:
-            kept |= _cheapest(node, kept)
+    """Keep what crosses the border of a repeated layer and what a second run would not give again.
+
+    Outside the layers, and where there are none, the plan is that of :func:`keep_plan`.
+    """
+    layer = layers(joint)
+    if not layer:
+        why = f"{why}; but no repeated layers found"
+    crossing = {
+        source
+        for node in joint.forward
+        if node in joint.needed
+        for source in map(base, node.all_input_nodes)
+        if is_value(source) and layer.get(source) != layer.get(node)
+    }
+    wanted = [n for n in joint.wanted if base(n) not in layer]
+    pinned = {n for n in joint.forward if n in layer and is_value(n) and is_pinned(n, joint)}
+    kept = _fewest_bytes(joint, [*wanted, *crossing], pinned, lambda n: n not in layer and is_repeatable(n, joint))
     return _plan("recompute", joint, kept, why)
 
 
-def layers(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
-    """The index of the repeated layer each node belongs to; nodes outside the layers are left out.
-
-    Layers are the numbered children of the module container that made most of the graph.
-    """
-    homes = {n: found.groups() for n in nodes if (found := re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", module_path(n)))}
-    sizes = Counter(container for container, _ in homes.values())
-    repeated = {c for c in sizes if len({i for container, i in homes.values() if container == c}) > 1}
-    if not repeated:
-        return {}
-    container = max(repeated, key=sizes.__getitem__)
-    return {n: int(index) for n, (c, index) in homes.items() if c == container}
-
-
 def _plan(policy: str, joint: Joint, kept: set[fx.Node], why: str) -> Plan:
-    used = _used(joint, kept)
-    tags = {n.name: Tag.KEEP for n in joint.forward if n in used}
-    tags |= {n.name: Tag.RECOMPUTE for n in joint.wanted if n not in used}
-    return Plan(policy, tags, sum(nbytes(n) for n in used), why)
-
-
-def _used(joint: Joint, kept: set[fx.Node]) -> set[fx.Node]:
-    """The kept values that backward meets when it walks back from what it wants."""
-    used: set[fx.Node] = set()
-    seen: set[fx.Node] = set()
+    """Tag what backward meets when it walks back from what it wants, stopping at kept values."""
+    tags: dict[fx.Node, Tag] = {}
     todo = list(joint.wanted)
     while todo:
-        node = todo.pop()
-        if node in seen or node.op == "placeholder":
+        node = base(todo.pop())
+        if node in tags or is_free(node) or not is_value(node):
             continue
-        seen.add(node)
-        if node in kept:
-            used.add(node)
-        else:
-            todo.extend(node.all_input_nodes)
-    return used
+        tags[node] = Tag.KEEP if node in kept else Tag.RECOMPUTE
+        if node not in kept:
+            assert not is_pinned(node, joint), f"{node.name} must not run again, and is not kept"
+            todo.extend(inputs(node))
+    names = {n.name: tags[n] for n in joint.forward if n in tags}
+    return Plan(policy, names, sum(nbytes(n) for n, tag in tags.items() if tag is Tag.KEEP), why)
 
 
-# -- the fewest bytes that make a value available ---------------------------------------------------------------------
+# -- the fewest bytes --------------------------------------------------------------------------------------------------
 
 
-def _cheapest(node: fx.Node, kept: set[fx.Node], depth: int = 0) -> set[fx.Node]:
-    """Values to keep beside ``kept`` so that ``node`` can be had in backward with cheap operators only."""
-    if node.op == "placeholder" or node in kept or not is_value(node):
-        return set()
-    if _must_keep(node) or not is_cheap(node) or depth > LONGEST_CHAIN:
-        return {node}
-    if _is_statistic(node):
-        return {node}
-    sources = [s for n in _inputs(node) for s in _cheapest(n, kept, depth + 1)]
-    price = sum(map(nbytes, set(sources)))
-    own = nbytes(node)
-    # A tie goes to the source of a view or of a single value: its bytes serve other readers too.
-    tie_goes_to_source = is_view(node) or len([n for n in _inputs(node) if n.op != "placeholder"]) == 1
-    return set(sources) if price < own or (price == own and tie_goes_to_source) else {node}
+def _fewest_bytes(
+    joint: Joint, wanted: Iterable[fx.Node], pinned: set[fx.Node], repeatable: Callable[[fx.Node], bool]
+) -> set[fx.Node]:
+    """What to keep, ``pinned`` included, so that the wanted values can be had with repeatable operators only.
+
+    Greedy, twice: the second time with an eye to what the first would have kept later on (``v`` keeps all of a fused
+    ``qkv``, so that ``q`` is free), and to sources that several values share.
+    """
+    search = _Search(joint, {base(n) for n in wanted}, pinned, repeatable)
+    first = search.run(expected=set())
+    second = search.run(expected=first | search.worth_sharing(first))
+    return min(first, second, key=lambda kept: sum(search.size[n] for n in kept - pinned))
 
 
-def _inputs(node: fx.Node) -> list[fx.Node]:
-    """The values an operator reads; an output of a tuple reads what the tuple's operator reads."""
-    source = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(source, fx.Node)
-    return [n for n in source.all_input_nodes if is_value(n)]
+class _Search:
+    def __init__(
+        self, joint: Joint, wanted: set[fx.Node], pinned: set[fx.Node], repeatable: Callable[[fx.Node], bool]
+    ) -> None:
+        self.joint, self.wanted, self.pinned = joint, wanted, pinned
+        self.values = [n for n in joint.forward if is_value(n) and not is_free(n) and not is_view(n)]
+        self.size = {n: nbytes(n) for n in self.values}
+        self.read = {n: [s for s in map(base, inputs(n)) if not is_free(s)] for n in self.values}
+        self.repeatable = {n for n in self.values if n not in pinned and repeatable(n) and not is_statistic(n)}
+        self.sources: dict[fx.Node, frozenset[fx.Node]] = {}
+        self.declined: dict[fx.Node, frozenset[fx.Node]] = {}
 
+    def run(self, expected: set[fx.Node]) -> set[fx.Node]:
+        """One greedy walk in graph order.
 
-def _must_keep(node: fx.Node) -> bool:
-    """Whether running the operator again would give another result."""
-    maker = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(maker, fx.Node)
-    if "inductor_random" in str(maker.target) or "inductor_lookup_seed" in str(maker.target):
-        return False  # a pure function of its seed
-    return is_random(maker) or "inductor_seeds" in str(maker.target) or "run_and_save_rng" in str(maker.target)
+        The sources of a value are the kept or unrepeatable values that it is computed from through repeatable
+        operators. It is computed again where that adds fewer bytes than it has itself: where its sources are kept
+        anyway, or are smaller.
 
+        Args:
+            expected: values to take for kept before the walk gets there.
+        """
+        kept, chain = set(self.pinned), dict.fromkeys(self.values, 0)
+        self.sources, self.declined = {n: frozenset({n}) for n in self.values}, {}
+        for node in self.values:
+            if node in self.repeatable:
+                origin = frozenset().union(*(self.sources[s] for s in self.read[node]))
+                length = 1 + max((chain[s] for s in self.read[node]), default=0)
+                price = self.bytes(origin - kept - expected)
+                # A tie between one value and another goes to the earlier one, whose bytes serve other readers too.
+                cheaper = price < self.size[node] or (price == self.size[node] and len(origin) == 1)
+                if cheaper and length <= LONGEST_CHAIN:
+                    self.sources[node], chain[node] = origin, length
+                else:
+                    self.declined[node] = origin
+            if node in self.wanted:
+                kept |= self.sources[node]
+        return self.without_idle_repeats(kept)
 
-def is_cheap(node: fx.Node) -> bool:
-    """Whether an operator moves bytes rather than computes: a view, a cast, elementwise, or a declared one."""
-    maker = node.args[0] if node.target is operator.getitem else node
-    assert isinstance(maker, fx.Node)
-    if not isinstance(maker.target, torch._ops.OpOverload):
-        return False
-    if (declared := operator_of(maker.target)) is not None:
-        arguments = [value(a) for a in maker.args]
-        return hint(declared.flops(*arguments)) < MEMORY_BOUND * hint(_moved(maker))
-    return is_view(maker) or torch.Tag.pointwise in maker.target.tags or maker.target in _MOVERS
+    def worth_sharing(self, kept: set[fx.Node]) -> set[fx.Node]:
+        """Sources that are smaller than all the kept values together which they would make superfluous."""
+        spared: Counter[fx.Node] = Counter()
+        for node, origin in self.declined.items():
+            missing = origin - kept
+            if node in kept and len(missing) == 1:
+                spared[next(iter(missing))] += self.size[node]
+        return {source for source, size in spared.items() if size > self.size[source]}
 
+    def without_idle_repeats(self, kept: set[fx.Node]) -> set[fx.Node]:
+        """Keep a wanted value itself where its sources serve nothing else and are no smaller."""
+        again = [n for n in self.values if n in self.wanted and n not in kept]
+        readers = Counter(s for n in again for s in self.sources[n])
+        for node in again:
+            idle = {s for s in self.sources[node] if readers[s] == 1 and s not in self.wanted and s not in self.pinned}
+            gain = self.bytes(idle) - self.size[node]
+            if gain > 0 or (gain == 0 and maker(node) in self.joint.needed):
+                kept = (kept - idle) | {node}
+        return kept
 
-_MOVERS = {
-    torch.ops.aten._to_copy.default,
-    torch.ops.prims.convert_element_type.default,
-    torch.ops.aten.clone.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.cat.default,
-    torch.ops.aten.full.default,
-    torch.ops.aten.arange.start_step,
-    torch.ops.prims.iota.default,
-    torch.ops.prims.inductor_lookup_seed.default,
-    torch.ops.prims.inductor_random.default,
-}
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether an operator returns its input's own bytes in another arrangement."""
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and is_view(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
-        return False
-    return any(r.alias_info is not None for r in node.target._schema.returns)
-
-
-def base(node: fx.Node) -> fx.Node:
-    """The value whose bytes a view shows."""
-    while is_view(node):
-        maker = node.args[0] if node.target is operator.getitem else node
-        assert isinstance(maker, fx.Node)
-        source = maker.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node
-
-
-def _is_statistic(node: fx.Node) -> bool:
-    if node.target is not operator.getitem or is_view(node):
-        return False
-    return nbytes(node) * STATISTIC <= sum(nbytes(n) for n in _inputs(node))
-
-
-def is_value(node: fx.Node) -> bool:
-    """Whether a node is one tensor (and not a tuple, a number or a subgraph)."""
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def nbytes(node: fx.Node) -> int:
-    """Size of a value in bytes, symbolic sizes at their hints."""
-    val = node.meta["val"]
-    return hint(val.numel()) * val.element_size()
-
-
-def _moved(node: fx.Node) -> int:
-    results = node.meta.get("val")
-    values = results if isinstance(results, (tuple, list)) else [results]
-    written = sum(hint(v.numel()) * v.element_size() for v in values if isinstance(v, Tensor))
-    return written + sum(nbytes(n) for n in node.all_input_nodes if is_value(n))
-
-
-def hint(size: Any) -> int:
-    """An integer for a possibly symbolic size, without guarding on it."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint
-        return int(known) if known is not None else 4096
-    return int(size)
+    def bytes(self, nodes: Iterable[fx.Node]) -> int:
+        return sum(self.size[n] for n in nodes)

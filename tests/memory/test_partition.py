@@ -186,10 +186,17 @@ def test_a_failing_plan_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPa
         ("thread_graphsafe_rng_from_hops", {"module", "is_backward"}),
         ("is_not_collective", {"node"}),
         ("is_sym_node", {"node"}),
+        ("_is_assert_only_symbool", {"node"}),
+        ("fx_graph_cse", {"fx_g"}),
     ],
 )
 def test_pytorchs_private_parts_are_there(name: str, parameters: set[str]) -> None:
     assert parameters <= torch_private.signature(name)
+
+
+def test_every_private_part_is_watched() -> None:
+    (watch,) = (m for m in test_pytorchs_private_parts_are_there.pytestmark if m.name == "parametrize")  # pyright: ignore
+    assert {name for name, _ in watch.args[1]} == set(torch_private.PARTS)
 
 
 def _min_cut(gm: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:

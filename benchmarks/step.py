@@ -1,0 +1,167 @@
+"""Time and memory of one training step, system against system.
+
+    python -m benchmarks.step --shape llama-1b --mode lora --batch 4 --seq 2048 --systems ours,inductor,hf
+
+One process per system. Every row is written as soon as it is measured, so an interrupted run goes on where it stopped.
+A variant of ours carries its options in its name: ``ours:logits=drop``, ``ours:disable=rope+glu``. A peer that has our
+import name is installed into a folder of its own, which ``--peer-site`` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SYSTEMS = ("ours", "inductor", "hf", "trl", "liger", "unsloth")
+PEERS = ("trl", "liger", "unsloth")
+
+
+def parse_system(name: str) -> tuple[str, dict[str, Any]]:
+    """``"ours:logits=drop:disable=rope+glu"`` to the system and its options.
+
+    Raises:
+        ValueError: for an unknown system, or options to a system that takes none.
+    """
+    system, *settings = name.split(":")
+    if system not in SYSTEMS:
+        raise ValueError(f"unknown system {system!r}; systems are {', '.join(SYSTEMS)}")
+    if settings and system != "ours":
+        raise ValueError(f"{system} takes no options, {name!r} has some")
+    options: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{name!r}: an option is written name=value")
+        if key == "disable":
+            options[key] = value.split("+")
+        else:
+            options[key] = int(value) if value.isdigit() else {"true": True, "false": False}.get(value, value)
+    return system, options
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result file, none if it does not exist."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a result file as a whole: a reader sees the old rows or the new ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def key(row: dict[str, Any]) -> str:
+    """What makes two rows the same measurement."""
+    return json.dumps({"system": row["system"], **row["workload"]}, sort_keys=True)
+
+
+def measure(name: str, args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Measure one system in a process of its own; whatever happens to it becomes a row."""
+    system, options = parse_system(name)
+    peer = system in PEERS
+    profile = f"{path.with_suffix('')}-{name.replace(':', '-')}.txt" if args.profile else None
+    names = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
+    work = {"system": system, "options": options, **{n: getattr(args, n) for n in names}, "profile": profile}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
+    if peer and args.peer_site:
+        environment["PYTHONPATH"] = str(Path(args.peer_site).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "row.json"
+        command = [sys.executable, "-P", str(HERE / "worker.py"), json.dumps(work), str(output)]
+        log = Path(folder) / "log.txt"
+        try:
+            with log.open("w") as sink:
+                code = subprocess.run(
+                    command, env=environment, cwd=folder, stdout=sink, stderr=sink, timeout=args.limit, check=False
+                ).returncode
+            row = json.loads(output.read_text()) if output.exists() else {"error": f"exit code {code}"}
+        except subprocess.TimeoutExpired:
+            row = {"error": f"not done after {args.limit} s"}
+        if "error" in row:
+            row["log"] = log.read_text(errors="replace")[-3000:]
+    workload = {n: work[n] for n in names} | {"options": options}
+    command_line = f"python -m benchmarks.step {shlex.join(sys.argv[1:])}"
+    today = datetime.date.today().isoformat()
+    return {"system": system, "workload": workload, **row, "command": command_line, "date": today}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text, fastest first."""
+    lines = [f"{'system':<36}{'tok/s':>9}{'ms':>9}{'peak GiB':>10}{'reserved':>10}{'first s':>9}  loss"]
+    for row in sorted(rows, key=lambda r: -r.get("tokens_per_s", 0)):
+        if "error" in row:
+            lines.append(f"{label(row):<36}failed: {row['error'][:90]}")
+            continue
+        peak = [f"{row[n]:.2f}" if row[n] else "–" for n in ("peak_allocated_gib", "peak_reserved_gib")]
+        lines.append(
+            f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{row['ms_median']:>9.1f}{peak[0]:>10}{peak[1]:>10}"
+            f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def label(row: dict[str, Any]) -> str:
+    """A system with what sets it apart."""
+    options = row["workload"]["options"]
+    parts = [f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in options.items()]
+    if row["workload"]["checkpointing"] != "none":
+        parts.append(f"checkpointing={row['workload']['checkpointing']}")
+    return ":".join([row["system"], *parts])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    arguments = argparse.ArgumentParser("benchmarks.step", description=__doc__.split("\n")[0])
+    arguments.add_argument("--shape", default="llama-1b", help="a preset of models/presets.py")
+    arguments.add_argument("--mode", choices=("lora", "qlora", "full"), default="lora")
+    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument("--seq", type=int, default=2048)
+    arguments.add_argument("--systems", default="ours:logits=drop,ours,inductor,hf")
+    arguments.add_argument("--steps", type=int, default=15, help="timed steps")
+    arguments.add_argument("--warmup", type=int, default=5)
+    arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    arguments.add_argument("--regime", choices=("bf16", "peft"), default="bf16")
+    arguments.add_argument("--checkpointing", choices=("none", "hf", "unsloth"), default="none")
+    arguments.add_argument("--peer-site", help="folder into which the peers were installed")
+    arguments.add_argument("--limit", type=int, default=600, help="seconds per system")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-DEVICE.json)")
+    arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
+    arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure what is missing, row by row."""
+    args = parser().parse_args(argv)
+    default = RESULTS / f"{args.shape}-{args.mode}-{args.batch}x{args.seq}-{args.device}.json"
+    path = Path(args.out) if args.out else default
+    names = args.systems.split(",")
+    for name in names:
+        parse_system(name)  # a misspelt system is noticed before the first one has run for minutes
+    for name in names:
+        system, options = parse_system(name)
+        fields = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
+        wanted = key({"system": system, "workload": {n: getattr(args, n) for n in fields} | {"options": options}})
+        rows = read(path)
+        if not args.force and any(key(r) == wanted and "error" not in r for r in rows):
+            continue
+        row = measure(name, args, path)
+        write(path, [r for r in rows if key(r) != wanted] + [row])
+        print(table([row]).splitlines()[-1], flush=True)
+    print(f"\n{table(read(path))}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""One system, one workload, one process: measures training steps and writes the row as JSON.
+
+Started by ``benchmarks.step`` as a script under ``python -P``, so that neither the repository's root nor our package is
+importable unless the system asks for it (a peer has our import name, and others patch libraries globally).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What every system runs. ``regime``: "bf16" (bf16 adapters, no autocast) or "peft" (fp32 adapters, autocast)."""
+
+    system: str
+    options: dict[str, Any]
+    shape: str
+    mode: str
+    batch: int
+    seq: int
+    steps: int
+    warmup: int
+    device: str
+    regime: str
+    checkpointing: str
+    profile: str | None
+
+
+Forward = Callable[[dict[str, Any]], torch.Tensor]
+
+
+# -- systems: each returns the model that owns the parameters, and how to get a loss from it --------------------------
+
+
+def _plain(work: Workload) -> nn.Module:
+    """A random model of the shape, with what the mode trains, on transformers, PEFT and bitsandbytes alone."""
+    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    if work.mode == "qlora":
+        _quantise(model)
+    return _adapted(model, work)
+
+
+def _adapted(model: nn.Module, work: Workload) -> nn.Module:
+    if work.checkpointing == "hf":
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if work.mode == "full":
+        return model.train()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
+    _randomise(adapted)
+    return adapted.train()
+
+
+def _randomise(model: nn.Module) -> None:
+    """The same adapters for every system. B is random instead of zero: only then has A a gradient, as in training."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if "lora_A" in name else 0.01)
+
+
+def _quantise(model: nn.Module) -> None:
+    """NF4 with nested absmax in every linear layer of the blocks, in place."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in LINEARS:
+            new = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=module.weight.dtype,
+                quant_type="nf4",
+                compress_statistics=True,
+            )
+            data = module.weight.data.cpu()
+            new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new.to(module.weight.device))
+
+
+def hf(work: Workload) -> tuple[nn.Module, Forward]:
+    """transformers and PEFT as they are."""
+    model = _plain(work)
+    return model, lambda batch: model(**batch).loss
+
+
+def inductor(work: Workload) -> tuple[nn.Module, Forward]:
+    """torch.compile with its own backend."""
+    model = _plain(work)
+    run = torch.compile(model)
+    return model, lambda batch: run(**batch).loss
+
+
+def ours(work: Workload) -> tuple[nn.Module, Forward]:
+    """This project."""
+    model = _plain(work)
+    run = torch.compile(model, backend="unsloth", options=work.options)
+    return model, lambda batch: run(**batch).loss
+
+
+def trl(work: Workload) -> tuple[nn.Module, Forward]:
+    """TRL's fused head, with the statistics that its SFTTrainer asks for."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    if work.mode == "qlora":
+        _quantise(model)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    adapted = _adapted(model, work)
+    return adapted, lambda batch: adapted(**batch, fused_lm_head=True).loss
+
+
+def liger(work: Workload) -> tuple[nn.Module, Forward]:
+    """Liger's kernels, applied to the instance."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    if work.mode == "qlora":
+        _quantise(model)
+    _apply_liger_kernel_to_instance(model)
+    adapted = _adapted(model, work)
+    return adapted, lambda batch: adapted(**batch).loss
+
+
+def unsloth(work: Workload) -> tuple[nn.Module, Forward]:
+    """The peer that has our import name, from its own target folder."""
+    from unsloth import FastLanguageModel  # before transformers, as it demands
+
+    with tempfile.TemporaryDirectory() as folder:
+        _checkpoint(work, folder)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder,
+            max_seq_length=work.seq,
+            dtype=_dtype(work),
+            load_in_4bit=work.mode == "qlora",
+            full_finetuning=work.mode == "full",
+        )
+    if work.mode != "full":
+        checkpointing = {"none": False, "hf": True, "unsloth": "unsloth"}[work.checkpointing]
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=RANK,
+            lora_dropout=0,
+            target_modules=LINEARS,
+            use_gradient_checkpointing=checkpointing,
+        )
+        _randomise(model)
+        if work.regime == "bf16":
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+    model.train()
+    return model, lambda batch: model(**batch).loss
+
+
+def _checkpoint(work: Workload, folder: str) -> None:
+    """A random model and a tokenizer of one word, as a folder to load from."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    del model
+    if work.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+SYSTEMS = {f.__name__: f for f in (ours, inductor, hf, trl, liger, unsloth)}
+
+
+# -- the measurement ---------------------------------------------------------------------------------------------------
+
+
+def measure(work: Workload) -> dict[str, Any]:
+    """Run the workload and return its row."""
+    cuda = work.device == "cuda"
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    model, forward = SYSTEMS[work.system](work)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    vocabulary = _presets().config(work.shape).vocab_size
+    ids = torch.randint(vocabulary, (work.batch, work.seq), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(work.device)
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    autocast = work.regime == "peft" and work.mode != "full"
+
+    def step() -> torch.Tensor:
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(work.device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext():
+            loss = forward(batch)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    started = time.perf_counter()
+    losses = [float(step())]
+    wait()
+    first = time.perf_counter() - started
+    losses += [float(step()) for _ in range(work.warmup)]
+    wait()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(work.steps):
+        started = time.perf_counter()
+        loss = step()
+        wait()
+        seconds.append(time.perf_counter() - started)
+        losses.append(float(loss))
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
+    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
+    grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
+    if not grad_norm > 0:
+        raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
+    if work.profile and cuda:
+        _profile(step, Path(work.profile))
+    median = statistics.median(seconds)
+    return {
+        "tokens_per_s": work.batch * work.seq / median,
+        "ms_median": median * 1e3,
+        "ms_min": min(seconds) * 1e3,
+        "peak_allocated_gib": peaks[0] and peaks[0] / 2**30,
+        "peak_reserved_gib": peaks[1] and peaks[1] / 2**30,
+        "first_step_s": first,
+        "losses": losses,
+        "grad_norm": grad_norm,
+        "trained_parameters": sum(p.numel() for p in trained),
+    }
+
+
+def _profile(step: Callable[[], Any], path: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    path.write_text(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device and versions, as they belong into a row."""
+    names = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "liger_kernel", "unsloth")
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    versions["torch"] = torch.__version__
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "versions": versions}
+
+
+def _dtype(work: Workload) -> torch.dtype:
+    return torch.bfloat16 if work.device == "cuda" else torch.float32
+
+
+def _presets() -> Any:
+    """models/presets.py by its path: it needs torch and transformers only, and every system gets the same shapes."""
+    path = Path(__file__).parent.parent / "models" / "presets.py"
+    spec = importlib.util.spec_from_file_location("benchmark_presets", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    """``worker.py WORKLOAD_JSON OUTPUT_FILE``"""
+    work = Workload(**json.loads(sys.argv[1]))
+    if work.system == "unsloth":
+        with contextlib.suppress(ImportError):
+            import unsloth as _  # noqa: F401  it has to come before transformers
+    try:
+        row = measure(work)
+    except Exception as error:  # noqa: BLE001  a failure is a result
+        traceback.print_exc()
+        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
+    Path(sys.argv[2]).write_text(json.dumps(row | environment(work.device)))
+
+
+if __name__ == "__main__":
+    main()

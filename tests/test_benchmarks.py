@@ -1,0 +1,88 @@
+"""The harness: rows are measured, kept, resumed, and failures are rows; the README shows what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import step, table
+
+TINY = ["--shape", "tiny-llama", "--batch", "2", "--seq", "16", "--device", "cpu", "--steps", "2", "--warmup", "1"]
+
+
+def run(path: Path, systems: str, *more: str) -> list[dict[str, Any]]:
+    step.main([*TINY, "--out", str(path), "--systems", systems, *more])
+    return step.read(path)
+
+
+def test_rows_are_measured_resumed_and_equal_in_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.json"
+    rows = run(path, "hf,ours:lowering=eager:logits=drop")
+    assert [r.get("error") for r in rows] == [None, None], rows
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and row["first_step_s"] > 0 and row["grad_norm"] > 0
+        assert len(row["losses"]) == 4 and row["device"] == "cpu" and row["versions"]["torch"]
+        assert row["command"].startswith("python -m benchmarks.step") and row["date"]
+    assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=1e-5)
+    assert rows[0]["losses"][-1] < rows[0]["losses"][0]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("a row that is there was measured again")
+
+    monkeypatch.setattr(step, "measure", never)
+    assert run(path, "hf,ours:lowering=eager:logits=drop") == rows
+
+
+def test_a_failure_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    (row,) = run(path, "ours:lowering=nonsense")
+    assert "lowering cannot be 'nonsense'" in row["error"] and row["log"]
+    assert "failed" in step.table([row])
+    (row,) = run(path, "ours:lowering=nonsense", "--limit", "1")
+    assert row["error"] == "not done after 1 s"
+
+
+def test_an_interrupted_write_leaves_the_old_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.json"
+    step.write(path, [{"system": "hf"}])
+    monkeypatch.setattr(step.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        step.write(path, [])
+    assert step.read(path) == [{"system": "hf"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("our", "unknown system 'our'"),
+        ("hf:logits=drop", "hf takes no options"),
+        ("ours:logits", "an option is written name=value"),
+    ],
+)
+def test_bad_systems_are_named(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        step.parse_system(name)
+
+
+def test_variants_carry_their_options() -> None:
+    assert step.parse_system("ours:disable=rope+glu:memory_budget=0:strict=true") == (
+        "ours",
+        {"disable": ["rope", "glu"], "memory_budget": 0, "strict": True},
+    )
+
+
+def test_every_committed_result_says_where_it_is_from() -> None:
+    for path in step.RESULTS.glob("*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert row["command"] and row["date"], path
+            assert "error" in row or (row["device"] and row["versions"]["torch"] and row["grad_norm"] > 0), path
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    text = table.README.read_text()
+    assert table.updated(text, table.tables()) == text, "run python -m benchmarks.table"
+    with pytest.raises(ValueError, match="has no"):
+        table.updated("nothing", "")
