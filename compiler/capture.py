@@ -96,7 +96,12 @@ class _Functionalised:
         with outside, mode:
             inputs = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in args]
             before = [_plain(i) for i in inputs]
-            results = _Interpreter(self.gm, self.carried).run(*inputs)
+            interpreter = _Interpreter(self.gm, self.carried)
+            try:
+                results = interpreter.run(*inputs)
+            finally:
+                while interpreter.autocast:
+                    interpreter.leave_autocast()
             after = [_plain(i) for i in inputs]
             mutated = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
             itself = {id(inputs[i]): args[i] for i in mutated}  # a mutated input that is returned stays that input
@@ -112,6 +117,7 @@ class _Interpreter(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any]) -> None:
         super().__init__(gm)
         self.carried = carried
+        self.autocast: list[tuple[str, bool, torch.dtype]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
@@ -126,10 +132,28 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _INLINED:
             body, *inputs = args
-            return _Interpreter(body, self.carried).run(*inputs)
+            inner = _Interpreter(body, self.carried)
+            inner.autocast = self.autocast
+            return inner.run(*inputs)
         if target in _CARRIED:
             return _carry(target, args, kwargs, self.carried[self.node])
+        # The tracer records a change of autocast without making it, and every dtype after it would be wrong.
+        if target is torch.amp.autocast_mode._enter_autocast:
+            self.enter_autocast(*args)
+        elif target is torch.amp.autocast_mode._exit_autocast:
+            self.leave_autocast()
         return super().call_function(target, args, kwargs)
+
+    def enter_autocast(self, device: str, dtype: torch.dtype | None = None, enabled: bool = True, *_: Any) -> None:
+        ambient = torch.get_autocast_dtype(device)
+        self.autocast.append((device, torch.is_autocast_enabled(device), ambient))
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype or ambient)
+
+    def leave_autocast(self) -> None:
+        device, enabled, dtype = self.autocast.pop()
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
 
 
 def _carry(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:

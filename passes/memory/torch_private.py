@@ -24,7 +24,6 @@ PARTS = {
     "thread_graphsafe_rng_from_hops": partitioners,
     "is_not_collective": partitioners,
     "is_sym_node": partitioners,
-    "_is_assert_only_symbool": partitioners,
     "fx_graph_cse": compile_utils,
 }
 """What is used, and where it lives."""
@@ -95,7 +94,8 @@ def min_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -
 
 def is_sym_node(node: fx.Node) -> bool:
     """Whether a node is a symbolic number that something computes with."""
-    return partitioners.is_sym_node(node) and not partitioners._is_assert_only_symbool(node)
+    only_asserted = getattr(partitioners, "_is_assert_only_symbool", None)  # torch 2.11 saves these too
+    return partitioners.is_sym_node(node) and not (only_asserted and only_asserted(node))
 
 
 def optimization_hint(size: Any, fallback: int) -> int:

@@ -206,3 +206,40 @@ def test_four_bit_products_keep_their_gradient() -> None:
     (got,) = torch.autograd.grad(compiled(x), x)
     assert expected.norm() > 0
     torch.testing.assert_close(got, expected)
+
+
+def test_autocast_regions_inside_the_graph() -> None:
+    """The tracer records a change of autocast; the dtypes after it must be those of the changed state."""
+
+    def function(x, w):
+        with torch.autocast("cpu", enabled=False):
+            exact = x @ w.t()
+        with torch.autocast("cpu", dtype=torch.float16):
+            half = linear(x, w)
+        return exact, half, linear(x, w)
+
+    args = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gm = dynamo_graph(function, *args)
+        products = [n for n in retrace(gm).graph.nodes if n.target in _PRODUCTS]
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    dtypes = [n.meta["val"].dtype for n in products]
+    assert dtypes == [torch.float32, torch.float16, torch.bfloat16]
+
+
+def test_a_failure_inside_an_autocast_region_restores_the_ambient_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function(x, w):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return linear(x, w).sum()
+
+    gm = dynamo_graph(function, torch.randn(2, 4), torch.randn(3, 4, requires_grad=True))
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target == "sum":
+            node.target = "no_such_method"
+    gm.recompile()
+    with pytest.raises(CaptureError, match="no_such_method"):
+        retrace(gm)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+_PRODUCTS = {torch.ops.aten.matmul.default, torch.ops.aten.linear.default}

@@ -186,7 +186,6 @@ def test_a_failing_plan_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPa
         ("thread_graphsafe_rng_from_hops", {"module", "is_backward"}),
         ("is_not_collective", {"node"}),
         ("is_sym_node", {"node"}),
-        ("_is_assert_only_symbool", {"node"}),
         ("fx_graph_cse", {"fx_g"}),
     ],
 )
