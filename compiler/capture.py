@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
+from ..passes.fakes import fake_execution
 from ..passes.gradients import reachable_inputs
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 
@@ -79,7 +80,7 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
     _keep_identity(gm, graph)
     _tidy(graph.graph)
     graph.recompile()
-    _check_gradients(gm, graph, fakes, mode)
+    _check_gradients(gm, graph, fakes)
     return graph
 
 
@@ -245,12 +246,12 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def _check_gradients(old: fx.GraphModule, new: fx.GraphModule, fakes: list[Any], mode: FakeTensorMode) -> None:
+def _check_gradients(old: fx.GraphModule, new: fx.GraphModule, fakes: list[Any]) -> None:
     """Autograd itself says which inputs each output depends on: in Dynamo's own fake values, and in the retrace."""
     (output,) = (n for n in old.graph.nodes if n.op == "output")
     values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args[0])]
     before = reachable_inputs(values, fakes)
-    with mode, torch.enable_grad():
+    with fake_execution(fakes), torch.enable_grad():
         after = reachable_inputs(pytree.tree_leaves(fx.Interpreter(new).run(*fakes)), fakes)
     for index, (had, has) in enumerate(zip(before, after, strict=True)):
         if lost := had - has:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..kernels.operator import OPERATORS, Operator
+from ..passes.fakes import fake_execution
 from .identity import source_digest
 
 
@@ -54,8 +54,7 @@ def _inline(graph: fx.Graph, node: fx.Node, formula: Any, values: tuple[Any, ...
         given = dict(zip(positions, inputs, strict=True))
         return formula(*(given.get(i, v) for i, v in enumerate(values)))
 
-    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-    with mode, torch.no_grad():
+    with fake_execution(values), torch.no_grad():
         body = make_fx(call, decomposition_table=select_decomp_table())(*(values[i] for i in positions))
     with graph.inserting_before(node):
         outputs = _splice(graph, body, [node.args[i] for i in positions])

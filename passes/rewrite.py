@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from ..kernels.operator import Operator
+from .fakes import fake_execution
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> dict[fx.
     values = [value(a).to(target) if i in casts else value(a) for i, a in enumerate(match.args)]
     if reason := match.operator.supports(*values):
         return Refused(reason)
-    with _fake_mode(values), torch.no_grad():
+    with fake_execution(values), torch.no_grad():
         result = match.operator.overload(*values)
     results = result if isinstance(result, tuple) else (result,)
     for node, index in match.outputs.items():
@@ -168,10 +168,6 @@ def _emit(
     for old, replacement in new.items():
         old.replace_all_uses_with(replacement)
     return new
-
-
-def _fake_mode(values: list[Any]) -> Any:
-    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, int]:

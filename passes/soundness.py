@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
+from .fakes import fake_execution
 from .gradients import reachable_inputs
 
 
@@ -44,8 +45,7 @@ def assert_same_mathematics(before: fx.GraphModule, after: fx.GraphModule) -> No
 def propagate(gm: fx.GraphModule) -> list[Any]:
     """Run a graph on its fake inputs with gradients on, checking every value against its node's metadata."""
     inputs = _inputs(gm)
-    mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
-    with mode, torch.enable_grad():
+    with fake_execution(inputs), torch.enable_grad():
         return pytree.tree_leaves(_Checking(gm, garbage_collect_values=False).run(*inputs))
 
 
