@@ -16,7 +16,7 @@ from torch import fx
 from ..kernels.operator import Operator, operator_of
 from ..passes.recognise import RECOGNISERS
 from ..passes.rewrite import Recogniser
-from ..passes.runner import CompilerWarning, copy_graph, run_passes
+from ..passes.runner import CompilerWarning, run_passes
 from .capture import CaptureError, retrace
 from .logits import drop_outputs, find_logits, restore_outputs
 from .lower import lower, lower_plain
@@ -93,14 +93,14 @@ def _compile(
     started = time.perf_counter()
     graph = retrace(gm)
     report.capture_seconds = time.perf_counter() - started
-    graph, report.passes = run_passes(graph, recognisers, disable=options.disable, strict=options.strict)
-    report.nodes = (len(gm.graph.nodes), len(graph.graph.nodes))
     gaps: dict[int, Any] = {}
     if options.logits == "drop" and (indices := find_logits(graph)):
-        graph = copy_graph(graph)
+        # Before the passes: logits that nobody else reads need never be computed as a whole.
         gaps = _gaps(graph, indices)
         drop_outputs(graph, indices)
         report.dropped_outputs = indices
+    graph, report.passes = run_passes(graph, recognisers, disable=options.disable, strict=options.strict)
+    report.nodes = (len(gm.graph.nodes), len(graph.graph.nodes))
     compiled = lower(graph, example_inputs, options, mode, report)
     return _Step(compiled, _operators(graph), gaps)
 

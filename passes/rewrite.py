@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from ..kernels.operator import Operator
@@ -22,12 +23,27 @@ from .fakes import fake_execution
 
 
 @dataclass(frozen=True)
+class Call:
+    """An argument that the rewrite has to compute first.
+
+    Attributes:
+        target: an operator of ours, or of ATen.
+        args: graph nodes, numbers, lists of them, and further calls.
+        kwargs: likewise.
+    """
+
+    target: Operator | OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Match:
     """A subgraph that computes an operator.
 
     Attributes:
-        operator: the operator that replaces the subgraph.
-        args: its arguments in schema order: graph nodes and plain numbers, booleans, strings.
+        operator: what replaces the subgraph: an operator of ours, or of ATen.
+        args: its arguments in schema order: graph nodes, plain values, and :class:`Call` for what is to be computed.
         outputs: each node whose value the operator returns, with the index of that output.
         interior: every node that the formula consumed, ``outputs`` included. Nodes other than outputs may have no
             user outside (soundness rule 1).
@@ -36,7 +52,7 @@ class Match:
             cast to the first output's dtype where they differ from it.
     """
 
-    operator: Operator
+    operator: Operator | OpOverload
     args: tuple[Any, ...]
     outputs: dict[fx.Node, int]
     interior: frozenset[fx.Node]
@@ -46,6 +62,10 @@ class Match:
     @property
     def anchor(self) -> fx.Node:
         return next(iter(self.outputs))
+
+    def reading(self, replaced: Mapping[fx.Node, fx.Node]) -> Match:
+        """The same match after nodes that it reads have been replaced."""
+        return replace(self, args=tuple(_substitute(a, replaced) for a in self.args))
 
 
 @dataclass(frozen=True)
@@ -98,18 +118,27 @@ def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> dict[fx.
     order = {node: i for i, node in enumerate(graph.nodes)}
     if (place := _place(match, order)) is None:
         return Refused("an output is used before every argument of the operator exists")
-    target = value(match.anchor).dtype
-    casts = {i for i in match.autocast if value(match.args[i]).dtype != target}
-    values = [value(a).to(target) if i in casts else value(a) for i, a in enumerate(match.args)]
-    if reason := match.operator.supports(*values):
-        return Refused(reason)
-    with fake_execution(values), torch.no_grad():
-        result = match.operator.overload(*values)
+    new = Call(match.operator, _under_autocast(match))
+    with torch.no_grad():
+        values = _evaluate(new)
+    if isinstance(values, Refused):
+        return values
+    result = values[id(new)]
     results = result if isinstance(result, tuple) else (result,)
     for node, index in match.outputs.items():
         if difference := _changes(node, results[index]):
             return Refused(f"the operator would return {difference}")
-    return _emit(graph, match, place, casts, target, result)
+    with graph.inserting_before(place):
+        call = _insert(graph, new, values, match.anchor)
+        outputs = {
+            node: _called(graph, operator.getitem, (call, index), {}, results[index], match.anchor)
+            if isinstance(result, tuple)
+            else call
+            for node, index in match.outputs.items()
+        }
+    for old, replacement in outputs.items():
+        old.replace_all_uses_with(replacement)
+    return outputs
 
 
 def _unsound(match: Match, region: dict[fx.Node, int]) -> str | None:
@@ -125,7 +154,7 @@ def _unsound(match: Match, region: dict[fx.Node, int]) -> str | None:
 
 def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
     """The node before which the operator goes: after all its arguments, before the first use of any output."""
-    last = max((order[a] for a in match.args if isinstance(a, fx.Node)), default=-1)
+    last = max((order[node] for node in _nodes(match.args)), default=-1)
     outside = [order[u] for node in match.outputs for u in node.users if u not in match.interior]
     candidates = [node for node in match.outputs if order[node] > last]
     if not candidates or (outside and min(outside) <= last):
@@ -146,28 +175,97 @@ def _changes(node: fx.Node, new: torch.Tensor) -> str | None:
     return None
 
 
-def _emit(
-    graph: fx.Graph, match: Match, place: fx.Node, casts: set[int], target: torch.dtype, result: Any
-) -> dict[fx.Node, fx.Node]:
-    def insert(function: Any, args: tuple[Any, ...], val: Any, kwargs: dict[str, Any] | None = None) -> fx.Node:
-        node = graph.call_function(function, args, kwargs or {})
-        node.meta = {k: v for k, v in match.anchor.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
-        node.meta["val"] = val
-        return node
+# -- arguments ---------------------------------------------------------------------------------------------------------
 
-    with graph.inserting_before(place):
-        args = list(match.args)
-        for i in sorted(casts):
-            cast = value(args[i]).to(target)
-            args[i] = insert(torch.ops.aten._to_copy.default, (args[i],), cast, {"dtype": target})
-        call = insert(match.operator.overload, tuple(args), result)
-        new = {
-            node: insert(operator.getitem, (call, index), result[index]) if isinstance(result, tuple) else call
-            for node, index in match.outputs.items()
-        }
-    for old, replacement in new.items():
-        old.replace_all_uses_with(replacement)
-    return new
+
+def _nodes(argument: Any) -> Iterator[fx.Node]:
+    """Every graph node in an argument."""
+    if isinstance(argument, fx.Node):
+        yield argument
+    elif isinstance(argument, Call):
+        yield from _nodes((*argument.args, *argument.kwargs.values()))
+    elif isinstance(argument, (tuple, list)):
+        for part in argument:
+            yield from _nodes(part)
+
+
+def _substitute(argument: Any, replaced: Mapping[fx.Node, fx.Node]) -> Any:
+    return _mapped(argument, lambda node: replaced.get(node, node), lambda call: _rebuilt(call, replaced))
+
+
+def _rebuilt(call: Call, replaced: Mapping[fx.Node, fx.Node]) -> Call:
+    kwargs = {key: _substitute(v, replaced) for key, v in call.kwargs.items()}
+    return Call(call.target, tuple(_substitute(a, replaced) for a in call.args), kwargs)
+
+
+def _mapped(argument: Any, of_node: Callable[[fx.Node], Any], of_call: Callable[[Call], Any]) -> Any:
+    if isinstance(argument, fx.Node):
+        return of_node(argument)
+    if isinstance(argument, Call):
+        return of_call(argument)
+    if isinstance(argument, (tuple, list)):
+        return type(argument)(_mapped(part, of_node, of_call) for part in argument)
+    return argument
+
+
+def _under_autocast(match: Match) -> tuple[Any, ...]:
+    """The arguments, with the casts that the replaced operators would have made under the ambient autocast."""
+    target, args = value(match.anchor).dtype, list(match.args)
+    for i in match.autocast:
+        if isinstance(args[i], fx.Node) and value(args[i]).dtype != target:
+            args[i] = Call(torch.ops.aten._to_copy.default, (args[i],), {"dtype": target})
+    return tuple(args)
+
+
+def _evaluate(call: Call) -> dict[int, Any] | Refused:
+    """The fake result of a call and of every call inside it, by ``id``; or why an operator does not apply."""
+    values: dict[int, Any] = {}
+
+    def result(inner: Call) -> Any:
+        args = [_mapped(a, value, result) for a in inner.args]
+        kwargs = {key: _mapped(a, value, result) for key, a in inner.kwargs.items()}
+        if isinstance(inner.target, Operator) and (reason := inner.target.supports(*args)):
+            raise _NotSupported(reason)
+        values[id(inner)] = _overload(inner.target)(*args, **kwargs)
+        return values[id(inner)]
+
+    try:
+        with fake_execution(value(node) for node in _nodes(call)):
+            result(call)
+    except _NotSupported as refusal:
+        return Refused(str(refusal))
+    return values
+
+
+class _NotSupported(Exception):
+    """An operator's guard said no."""
+
+
+def _insert(graph: fx.Graph, call: Call, values: dict[int, Any], origin: fx.Node) -> fx.Node:
+    """Emit a call and those inside it, where the graph's insertion point is."""
+
+    def insert(inner: Call) -> fx.Node:
+        return _insert(graph, inner, values, origin)
+
+    args = tuple(_mapped(a, lambda node: node, insert) for a in call.args)
+    kwargs = {key: _mapped(a, lambda node: node, insert) for key, a in call.kwargs.items()}
+    return _called(graph, _overload(call.target), args, kwargs, values[id(call)], origin)
+
+
+def _called(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], val: Any, origin: fx.Node
+) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {k: v for k, v in origin.meta.items() if k in ("stack_trace", "nn_module_stack", "seq_nr")}
+    node.meta["val"] = val
+    return node
+
+
+def _overload(target: Operator | OpOverload) -> OpOverload:
+    return target.overload if isinstance(target, Operator) else target
+
+
+# -- what a graph forbids ----------------------------------------------------------------------------------------------
 
 
 def regions(graph: fx.Graph) -> dict[fx.Node, int]:

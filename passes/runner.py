@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -127,8 +127,7 @@ def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> N
                 continue  # an earlier, overlapping match has taken these nodes
             site = _site(recogniser.name, item.anchor, item.variant)
             # An argument may be the output of a match that has been replaced since this one was found.
-            arguments = tuple(replaced.get(a, a) if isinstance(a, fx.Node) else a for a in item.args)
-            outcome = apply(graph, replace(item, args=arguments), region)
+            outcome = apply(graph, item.reading(replaced), region)
             if not isinstance(outcome, Refused):
                 gone |= item.interior
                 replaced |= outcome

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,7 +15,8 @@ from torch.nn.functional import dropout, linear
 
 from tests.toy import Raising, Scale, toy
 from tests.tracing import targets, trace
-from unsloth.passes.rewrite import Match, Miss
+from unsloth.passes.recognise import RECOGNISERS
+from unsloth.passes.rewrite import Call, Match, Miss
 from unsloth.passes.runner import CompilerWarning, PassError, copy_graph, run_passes
 from unsloth.passes.soundness import Unsound, assert_same_mathematics
 
@@ -227,3 +232,35 @@ def test_overlapping_matches_apply_once() -> None:
 
     result, (report,) = run_passes(trace(model, *inputs()), [Twice()], strict=True)
     assert targets(result).count("toy_scale") == 2 and len(report.rewritten) == 2
+
+
+def test_a_match_may_compute_its_arguments_first() -> None:
+    def negated_twice(match: Match) -> Match:  # x·3 = −toy(−x)
+        inside = Call(torch.ops.aten.neg.default, match.args[:1])
+        return dataclasses.replace(match, operator=torch.ops.aten.neg.default, args=(Call(toy, (inside, 3.0)),))
+
+    x, w = inputs()
+    result, (report,) = run_passes(trace(model, x, w), [Scale(negated_twice)], strict=True)
+    assert len(report.rewritten) == 2
+    assert targets(result) == ["linear", *["neg", "toy_scale", "neg", "relu"], *["neg", "toy_scale", "neg"], "sum"]
+    torch.testing.assert_close(result(x, w)[0], model(x, w))
+
+
+def test_an_operator_inside_an_argument_is_asked_whether_it_applies() -> None:
+    def rounded(match: Match) -> Match:
+        whole = Call(torch.ops.aten._to_copy.default, match.args[:1], {"dtype": torch.int64})
+        return dataclasses.replace(match, operator=torch.ops.aten.neg.default, args=(Call(toy, (whole, 3.0)),))
+
+    _, (report,) = run_passes(trace(model, *inputs()), [Scale(rounded)], strict=True)
+    assert {s.detail for s in report.missed} == {"only floating point"} and not report.rewritten
+
+
+def test_every_pass_leaves_its_graphs_in_the_structured_trace(tmp_path) -> None:
+    code = (
+        "import torch\nfrom tests.passes.test_runner import inputs, model\n"
+        "torch.compile(model, backend='unsloth', options={'lowering': 'eager', 'strict': True})(*inputs())"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TORCH_TRACE": str(tmp_path)}, check=True)
+    (log,) = tmp_path.glob("*.log")
+    names = [name for line in log.read_text().splitlines() for name in re.findall(r'"name": "(unsloth_\w+)"', line)]
+    assert names == [f"unsloth_{r.name}_{when}" for r in RECOGNISERS for when in ("before", "after")]
