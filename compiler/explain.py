@@ -65,7 +65,7 @@ def explain(model: nn.Module, batch: Any, *, options: dict[str, Any] | None = No
         BatchError: when the model returns no scalar loss.
     """
     parsed = Options.parse({**(options or {}), "lowering": "eager"})
-    explanation = Explanation(_describe(model))
+    explanation = Explanation(describe(model))
     breaks = torch._dynamo.utils.counters["graph_break"]
     before = Counter(breaks)
     torch._dynamo.reset()
@@ -76,7 +76,7 @@ def explain(model: nn.Module, batch: Any, *, options: dict[str, Any] | None = No
     return explanation
 
 
-def _describe(model: nn.Module) -> str:
+def describe(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     inner = getattr(model, "get_base_model", lambda: model)()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,12 @@ class BatchError(ValueError):
 
 
 def compiled(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     options: Options,
     reports: list[GraphReport],
     recognisers: Sequence[Recogniser] = RECOGNISERS,
 ) -> Any:
-    """The model compiled by the backend, each graph's report appended to ``reports``."""
+    """The model, or a function that runs one, compiled by the backend; reports get one entry per graph."""
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, options, recognisers=recognisers, observe=reports.append)

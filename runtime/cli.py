@@ -1,4 +1,4 @@
-"""The command line: ``unsloth explain``, ``unsloth verify``, ``unsloth env``. It prints what the functions return.
+"""The command line: ``unsloth train``, ``explain``, ``verify``, ``env``. It prints what the functions return.
 
 Exit codes: 0 done; 1 the answer is no (``verify``), or the work failed; 2 the question was wrong; 130 interrupted.
 """
@@ -9,7 +9,9 @@ import enum
 import platform
 import shutil
 import sys
+import textwrap
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,6 +65,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         Console().print(f"unsloth {__version__}", highlight=False)
         raise typer.Exit
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings, one name: value a line.")
+    ] = None,
+    settings: Annotated[bool, typer.Option("--settings", help="List the settings and leave.")] = False,
+) -> None:
+    """Fine-tune a model: settings from a YAML file, as flags (--lora-r 32), or both; flags win.
+
+    The shortest: unsloth train --model SmolLM2.gguf --data answers.jsonl
+    """
+    from .config import parse_flags, read_config
+
+    if settings:
+        _print(_settings())
+        return
+    words = list(context.args)
+    if config is not None and str(config).startswith("--"):  # no file: the first flag landed in its place
+        config, words = None, [str(config), *words]
+    resolved = read_config(config, parse_flags(words))
+    from .train import train as run
+
+    console = Console(stderr=True)
+    result = run(resolved, console=console)
+    _print(result.explanation)
+    _print(result)
 
 
 @app.command()
@@ -135,17 +166,38 @@ def main() -> None:
     try:
         app(prog_name="unsloth")
     except ValueError as error:
-        from ..compiler.options import OptionError
-        from ..compiler.run import BatchError
-        from ..models.load import ModelError
-
-        if not isinstance(error, (BatchError, ModelError, OptionError)):
+        if not isinstance(error, _bad_input()):
             raise
         # Ours say what was wrong with the question; where they were raised helps nobody.
         Console(stderr=True).print(f"unsloth: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:  # while importing; while a command runs typer turns it into the same code
         sys.exit(INTERRUPTED)
+
+
+def _bad_input() -> tuple[type[ValueError], ...]:
+    """The errors that say what was wrong with the question."""
+    from ..compiler.options import OptionError
+    from ..compiler.run import BatchError
+    from ..models.load import ModelError
+
+    known: list[type[ValueError]] = [BatchError, ModelError, OptionError]
+    for module, name in (("config", "ConfigError"), ("data", "DataError"), ("train", "OutputError")):
+        if (loaded := sys.modules.get(f"{__package__}.{module}")) is not None:  # else nobody can have raised it
+            known.append(getattr(loaded, name))
+    return tuple(known)
+
+
+def _settings() -> str:
+    from .config import TrainConfig, sft_fields
+
+    width = max(map(len, TrainConfig.model_fields)) + 2
+    lines = []
+    for name, setting in TrainConfig.model_fields.items():
+        default = "required" if setting.is_required() else f"default {setting.default}"
+        lines.append(f"{name:<{width}}{setting.description}  [{default}]")
+    others = sorted(sft_fields() - set(TrainConfig.model_fields))
+    return "\n".join([*lines, "", "and of TRL's SFTConfig:", *textwrap.wrap(", ".join(others), 110)])
 
 
 def _print(result: Any) -> None:

@@ -1,0 +1,203 @@
+"""The settings of a training run: a YAML file, overridden by flags, checked before anything is loaded.
+
+Names are those of transformers and TRL. What is not listed here but is a field of TRL's ``SFTConfig``
+(``warmup_ratio``, ``packing``, ``save_steps``, …) is handed on to it under its own name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..compiler.options import OptionError, Options
+from ..passes.recognise import RECOGNISERS
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, missing or cannot have its value; says where it was given."""
+
+
+class TrainConfig(BaseModel):
+    """Settings of ``unsloth train``. Unlisted names are those of TRL's ``SFTConfig``."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    model_name_or_path: str = Field(description="Hub id, folder, GGUF file, or a preset with random weights.")
+    gguf_file: str | None = Field(None, description="Name of the GGUF file in that folder or hub repository.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    load_in_4bit: bool = Field(False, description="QLoRA: hold the frozen weights in NF4 (bitsandbytes).")
+    trust_remote_code: bool = Field(False, description="Run Python code that the checkpoint brings along.")
+
+    use_peft: bool = Field(True, description="Train LoRA adapters; false trains every parameter.")
+    lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
+    lora_alpha: int = Field(16, ge=1, description="The adapters are scaled by alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
+    lora_target_modules: str | list[str] = Field("all-linear", description="Names of the layers that get adapters.")
+    use_rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilised LoRA).")
+
+    autocast_adapter_dtype: bool = Field(
+        True, description="Adapters in float32 under autocast; false holds them in the model's dtype, without autocast."
+    )
+
+    dataset_name: str = Field(description="A .jsonl, .json, .csv or .parquet file, or a hub id.")
+    dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
+    dataset_train_split: str = Field("train", description="Its split to train on.")
+    eval_dataset_name: str | None = Field(None, description="Held-out data, likewise; evaluated before and after.")
+    eval_dataset_split: str = Field("train", description="Its split to evaluate on.")
+
+    output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")
+    overwrite: bool = Field(False, description="Replace a model that is already in output_dir.")
+    sample_prompt: str | None = Field(None, description="A question to answer before and after training.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    per_device_train_batch_size: int = Field(2, ge=1, description="Rows per step and device.")
+    max_length: int | None = Field(2048, ge=2, description="Longer rows are cut off at this many tokens.")
+    logging_steps: float = Field(1, gt=0, description="Steps between two lines of the log.")
+    seed: int = Field(3407, ge=0, description="Of the adapters' start and the order of the data.")
+
+    compile: bool = Field(True, description="Run the step through the backend; false runs it eagerly.")
+    options: dict[str, Any] = Field({}, description='The backend\'s options, such as {memory_budget: "20GiB"}.')
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _spelled_out(cls, value: Any) -> Any:
+        short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        return short.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("options")
+    @classmethod
+    def _known_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Options.parse(value, passes=[r.name for r in RECOGNISERS])  # an OptionError is a ValueError
+        return value
+
+    @property
+    def sft(self) -> dict[str, Any]:
+        """The settings that are handed on to TRL's ``SFTConfig``."""
+        shared = {name: getattr(self, name) for name in type(self).model_fields if name in sft_fields()}
+        return {**shared, "output_dir": str(self.output_dir), **(self.model_extra or {})}
+
+
+@functools.cache
+def sft_fields() -> frozenset[str]:
+    """Names of all settings of TRL's ``SFTConfig``, transformers' ``TrainingArguments`` included."""
+    import trl
+
+    # Ours decides about the trusted code and the precision of the weights.
+    return frozenset(f.name for f in dataclasses.fields(trl.SFTConfig) if f.init) - {"trust_remote_code"}
+
+
+def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Read and check a configuration.
+
+    Args:
+        path: a YAML file with one mapping, or None when flags say everything.
+        overrides: settings that win over the file's.
+
+    Raises:
+        ConfigError: naming file and line (or the flag) of everything that is wrong, with the closest valid name.
+    """
+    given, lines = _read_yaml(path) if path is not None else ({}, {})
+    given = {**given, **(overrides or {})}
+
+    def where(name: str) -> str:
+        if overrides and name in overrides:
+            return f"--{name.replace('_', '-')}"
+        return f"{path}:{lines[name]}" if name in lines else str(path or "the command line")
+
+    known = {*TrainConfig.model_fields, *sft_fields()}
+    problems = [f"{where(n)}: unknown setting {n!r}{_did_you_mean(n, known)}" for n in given if n not in known]
+    try:
+        config = TrainConfig.model_validate(given)
+    except ValidationError as error:
+        problems += [_worded(e, where) for e in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def parse_flags(words: Sequence[str]) -> dict[str, Any]:
+    """``["--max-steps", "20", "--packing", "--lora-r=8"]`` as settings; values are read as YAML.
+
+    Raises:
+        ConfigError: for a word that is no flag.
+    """
+    aliases = {"model": "model_name_or_path", "data": "dataset_name", "eval_data": "eval_dataset_name"}
+    settings: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} is no flag; settings are given as --name value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        settings[aliases.get(name, name)] = _yaml_value(value)
+    return settings
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 2e-4 for a string
+    except ValueError:
+        return value
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's mapping, and the line that each of its names stands in."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    try:
+        node, values = yaml.compose(text), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not YAML: {error.problem}") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: the file has to hold 'name: value' lines")
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise ConfigError(f"{path}:{line}: {name!r} was already given in line {lines[name]}")
+        lines[name] = line
+    return {str(k): _number(v) for k, v in values.items()}, lines
+
+
+def _number(value: Any) -> Any:
+    return _yaml_value(value) if isinstance(value, str) and value[:1].isdigit() else value
+
+
+def _worded(error: Any, where: Any) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "missing":
+        flags = {"model_name_or_path": "--model", "dataset_name": "--data"}
+        return f"{where(name)}: {name} is missing ({flags.get(name, '--' + name.replace('_', '-'))})"
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, OptionError):
+        return f"{where(name)}: {cause}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where(name)}: {name} cannot be {error['input']!r}: {message}"
+
+
+def _did_you_mean(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,274 @@
+"""One training run from a configuration: load, adapt, compile, train, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import trl
+from rich.console import Console
+from transformers import PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from ..compiler.explain import Explanation
+from ..models.fast import FastLanguageModel
+from ..models.load import load_model, load_tokenizer
+from .config import TrainConfig
+from .curves import plot_loss
+from .data import is_conversational, load_rows
+from .progress import ProgressBar
+from .trainer import SFTTrainer
+
+SPARE_BYTES = 64 * 2**20
+"""Disk space for what is small: configuration, log, curve."""
+
+
+class OutputError(ValueError):
+    """The results cannot be written where they should go."""
+
+
+@dataclass
+class TrainResult:
+    """What a run did; ``print`` it.
+
+    Attributes:
+        output_dir: where the adapter (or the model), ``loss.png`` and ``log.json`` are.
+        steps: optimiser steps.
+        tokens_per_second: real tokens, the first step left out; None for a run of one step.
+        first_step_seconds: compilation included.
+        peak_bytes: peak of the device's memory; None on a CPU.
+        held_out: mean loss on the held-out rows before and after, nats per token; None without such rows.
+        answers: what the model said to ``sample_prompt`` before and after; None without one.
+        history: the trainer's log.
+        explanation: what the compiler recognised.
+    """
+
+    output_dir: Path
+    steps: int
+    tokens_per_second: float | None
+    first_step_seconds: float | None
+    peak_bytes: int | None
+    held_out: tuple[float, float] | None
+    answers: tuple[str, str] | None
+    explanation: Explanation
+    history: list[dict[str, Any]] = field(repr=False)
+    is_adapter: bool = True
+
+    def __str__(self) -> str:
+        rate = f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else "no rate: one step only"
+        lines = [f"steps       {self.steps}, {rate}, first step {self.first_step_seconds or 0:.1f} s"]
+        if self.peak_bytes is not None:
+            lines.append(f"memory      {self.peak_bytes / 2**30:.2f} GiB at the peak")
+        if self.held_out is not None:
+            before, after = self.held_out
+            lines.append(f"held out    loss {before:.3f} before, {after:.3f} after ({(after - before) / before:+.1%})")
+        if self.answers is not None:
+            lines += [f"before      {self.answers[0]}", f"after       {self.answers[1]}"]
+        lines.append(f"saved       {self.output_dir}  (curve: {self.output_dir / 'loss.png'})")
+        call = "PeftModel.from_pretrained(base_model, " if self.is_adapter else "AutoModelForCausalLM.from_pretrained("
+        lines.append(f'load        {call}"{self.output_dir}")')
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
+    """Run a configuration.
+
+    Everything that can be wrong with the question is found before the first step. Results appear in ``output_dir`` only
+    when they are whole.
+
+    Raises:
+        DataError, ModelError, OutputError: when the data, the model or the place for the results cannot be used.
+    """
+    console = console or Console(stderr=True)
+    with _quiet():
+        return _train(config, console)
+
+
+def _train(config: TrainConfig, console: Console) -> TrainResult:
+    set_seed(config.seed)
+    _check_output(config)
+    text_field = config.sft.get("dataset_text_field", "text")
+    rows = load_rows(
+        config.dataset_name, config=config.dataset_config, split=config.dataset_train_split, text_field=text_field
+    )
+    held_out = None
+    if config.eval_dataset_name is not None:
+        held_out = load_rows(config.eval_dataset_name, split=config.eval_dataset_split, text_field=text_field)
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.sft.get("use_cpu") else "cpu")
+    with console.status(f"loading {config.model_name_or_path}"):
+        tokenizer = load_tokenizer(
+            config.model_name_or_path,
+            gguf_file=config.gguf_file,
+            trust_remote_code=config.trust_remote_code,
+            require_chat_template=is_conversational(rows) and "chat_template_path" not in config.sft,
+        )
+        model = _model(config, device)
+    _check_space(config, model)
+    trainer = SFTTrainer(
+        model,
+        trl.SFTConfig(**_precision(config, device), **_unlogged(config), use_cpu=device.type == "cpu"),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        compile=config.compile,
+        options=config.options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(console))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    first = _answer(trainer.model, tokenizer, config.sample_prompt)
+    before = _held_out_loss(trainer, console)
+    trainer.train(resume_from_checkpoint=config.sft.get("resume_from_checkpoint"))
+    after = _held_out_loss(trainer, console)
+    second = _answer(trainer.model, tokenizer, config.sample_prompt)
+
+    result = TrainResult(
+        output_dir=config.output_dir,
+        steps=trainer.state.global_step,
+        tokens_per_second=trainer.pace.tokens_per_second,
+        first_step_seconds=trainer.pace.first_step_seconds,
+        peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        held_out=(before, after) if before is not None and after is not None else None,
+        answers=(first, second) if first is not None and second is not None else None,
+        explanation=trainer.explanation,
+        history=trainer.state.log_history,
+        is_adapter=config.use_peft,
+    )
+    _save(trainer, result)
+    return result
+
+
+def _model(config: TrainConfig, device: torch.device) -> Any:
+    model = load_model(
+        config.model_name_or_path,
+        dtype=_weights(config, device),
+        device=device,
+        quantise="nf4" if config.load_in_4bit else None,
+        gguf_file=config.gguf_file,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if not config.use_peft:
+        return model
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        random_state=config.seed,
+        autocast_adapter_dtype=config.autocast_adapter_dtype,
+    )
+
+
+def _weights(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """Frozen weights in bfloat16; trained ones in float32, because bfloat16 rounds small updates away."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if device.type == "cuda" and config.use_peft else torch.float32
+
+
+def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
+    """Autocast on a GPU, unless everything is in one dtype already or the user says."""
+    given = {name: config.sft[name] for name in ("bf16", "fp16") if name in config.sft}
+    if given:
+        return {"bf16": False, "fp16": False, **given}
+    uniform = not config.autocast_adapter_dtype or config.dtype == "float32"
+    half = config.dtype == "float16"
+    return {"bf16": device.type == "cuda" and not uniform and not half, "fp16": half and not uniform}
+
+
+def _unlogged(config: TrainConfig) -> dict[str, Any]:
+    """The trainer's own settings, without its bars."""
+    settings = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", **config.sft}
+    return {name: value for name, value in settings.items() if name not in ("bf16", "fp16", "use_cpu")}
+
+
+def _held_out_loss(trainer: SFTTrainer, console: Console) -> float | None:
+    if trainer.eval_dataset is None:
+        return None
+    with console.status("loss on the held-out rows"):
+        return float(trainer.evaluate()["eval_loss"])
+
+
+@torch.no_grad()
+def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) -> str | None:
+    """What the model says to a question, greedily."""
+    if prompt is None:
+        return None
+    was_training = model.training
+    model.eval()
+    try:
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": prompt}]
+            prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+        generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, use_cache=True)
+    finally:
+        model.train(was_training)
+    return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def _check_output(config: TrainConfig) -> None:
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output_dir {folder} is a file")
+    done = [n for n in ("adapter_config.json", "config.json") if (folder / n).exists()]
+    if done and not config.overwrite:
+        raise OutputError(f"output_dir {folder} already holds a model ({done[0]}); choose another, or set overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"output_dir {folder} cannot be written: {error.strerror}") from None
+
+
+def _check_space(config: TrainConfig, model: Any) -> None:
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    copies = 1 if config.sft.get("save_strategy", "no") == "no" else 4  # a checkpoint holds Adam's two moments as well
+    needed, free = trained * copies + SPARE_BYTES, shutil.disk_usage(config.output_dir).free
+    if free < needed:
+        raise OutputError(
+            f"output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; the run needs {needed / 2**20:,.0f} MiB"
+        )
+
+
+def _save(trainer: SFTTrainer, result: TrainResult) -> None:
+    """Write everything beside its place and move it there when it is whole."""
+    folder = result.output_dir
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
+        aside = Path(name)
+        trainer.save_model(str(aside))
+        (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
+        plot_loss(result.history, aside / "loss.png")
+        for path in sorted(aside.iterdir()):
+            os.replace(path, folder / path.name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out the libraries' own bars and notes: a run says what it does in one place."""
+    verbosity, bars = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,281 @@
+"""Supervised fine-tuning: TRL's trainer, whose training step is one compiled graph.
+
+Data, collators, schedules, callbacks and checkpoints are TRL's and transformers'. Ours is the step: forward, loss and
+its metrics go through the backend as one graph, which TRL's own loss head and its gradient-checkpointing hooks would
+break into pieces.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pyarrow.compute
+import torch
+import trl
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..compiler.explain import Explanation, describe
+from ..compiler.options import Options
+from ..compiler.report import GraphReport
+from ..compiler.run import compiled
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
+_REQUIRE_GRAD_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
+
+IGNORED = -100
+"""The label of a token that is not trained on, as in transformers."""
+
+
+class StepOutput(NamedTuple):
+    """What one compiled step returns. All are 0-dimensional; the sums run over the tokens that are trained on.
+
+    Attributes:
+        loss: mean cross-entropy, float32; the only one with a gradient.
+        entropy: sum of the predictions' entropies in nats, float32.
+        correct: number of tokens that the model ranks first, int64.
+        tokens: number of tokens that are trained on, int64.
+    """
+
+    loss: Tensor
+    entropy: Tensor
+    correct: Tensor
+    tokens: Tensor
+
+
+def causal_lm_step(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    num_items: Tensor | None = None,
+    balance_weight: float = 0.0,
+) -> StepOutput:
+    """One forward pass with its loss and metrics: the function that the trainer compiles.
+
+    Written in plain torch. The backend finds linear + cross-entropy in it and never holds the logits.
+
+    Args:
+        model: a causal language model; called as ``model(**inputs)``.
+        inputs: what the collator made, without labels.
+        labels: int64 [batch, seq], not shifted; ``-100`` is ignored.
+        num_items: the loss's divisor, the number of trained tokens in the whole accumulated batch; None takes those of
+            this batch.
+        balance_weight: weight of the load-balancing loss that a mixture of experts returns.
+    """
+    output = model(**inputs)
+    logits = output.logits
+    targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+    total = F.cross_entropy(
+        logits.float().view(-1, logits.shape[-1]), targets.view(-1), ignore_index=IGNORED, reduction="sum"
+    )
+    with torch.no_grad():
+        trained = targets != IGNORED
+        tokens = trained.sum()
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        correct = (logits.argmax(-1) == targets) & trained
+    # A batch without trained tokens has loss zero, not 0/0.
+    loss = total / (tokens if num_items is None else num_items).clamp(min=1)
+    if balance_weight:
+        loss = loss + balance_weight * output.aux_loss
+    return StepOutput(loss, torch.where(trained, entropy, 0.0).sum(), correct.sum(), tokens)
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """TRL's ``SFTTrainer`` with the compiled step.
+
+    Takes everything that TRL's does, and ``options`` for the backend (see
+    :class:`~unsloth.compiler.options.Options`; logits are dropped unless they say otherwise). ``compile=False`` runs
+    the same step eagerly. ``gradient_checkpointing`` is accepted and left to the memory planner,
+    which recomputes when keeping does not fit. Losses other than TRL's default (``loss_type="dft"``, label smoothing,
+    ``compute_loss_func``) run as TRL runs them, not compiled.
+
+    Attributes:
+        pace: tokens per second and the time of the first step, compilation included.
+    """
+
+    args: trl.SFTConfig
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        *,
+        compile: bool = True,
+        options: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        self.options = Options.parse({"logits": "drop", **(options or {})})
+        args = trl.SFTConfig() if args is None else copy.copy(args)
+        for name in _CHECKPOINTING:
+            if hasattr(args, name):
+                setattr(args, name, False)
+        super().__init__(model=model, args=args, **others)
+        _leave_recomputation_to_the_planner(self.model)
+        self.pace = Pace()
+        self._reports: list[GraphReport] = []
+        self._step = compiled(causal_lm_step, self.options, self._reports) if compile else causal_lm_step
+        self._lengths_vary = not _one_length(self.train_dataset)
+        self._plain_loss = (
+            self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
+        )
+        if not self._plain_loss:
+            logger.warning("this loss is not compiled: only the default loss (nll without label smoothing) is")
+
+    @property
+    def explanation(self) -> Explanation:
+        """What the compiler has recognised in the graphs compiled so far."""
+        return Explanation(describe(self.model), list(self._reports))
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self._plain_loss or return_outputs or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
+        weight = 0.0
+        if self.aux_loss_enabled:
+            rest["output_router_logits"] = True
+            steps = 1 if divisor is None else self.current_gradient_accumulation_steps
+            weight = self.router_aux_loss_coef / steps  # it is a mean per micro-batch, and has no other divisor
+        if self._lengths_vary:
+            for value in (*rest.values(), labels):
+                if isinstance(value, Tensor) and value.dim() == 2:
+                    torch._dynamo.maybe_mark_dynamic(value, [0, 1])
+        step = self._step(model, rest, labels, divisor, weight)
+        loss = step.loss
+        if self.args.average_tokens_across_devices and divisor is not None:
+            loss = loss * self.accelerator.num_processes
+        self._record(step, rest)
+        return loss
+
+    def _record(self, step: StepOutput, inputs: Mapping[str, Any]) -> None:
+        """Note the metrics as tensors: reading them here would make every step wait for the device."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["entropy"].append(step.entropy / step.tokens.clamp(min=1))
+        self._metrics[mode]["mean_token_accuracy"].append(step.correct / step.tokens.clamp(min=1))
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            tokens = mask.sum() if mask is not None else inputs["input_ids"].numel()
+            self.pace.add(tokens)
+            self._total_train_tokens = self._total_train_tokens + tokens
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.pace.after_step()
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.pace.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for metrics in self._metrics.values():
+            for name, values in metrics.items():
+                metrics[name] = [float(v) for v in values]
+        if self.model.training and "loss" in logs and (rate := self.pace.lap()) is not None:
+            logs["tokens_per_second"] = round(rate, 1)
+        super().log(logs, start_time)
+
+
+def _leave_recomputation_to_the_planner(model: Any) -> None:
+    """Undo what gradient checkpointing does to a model; its hook on the embedding would break the graph."""
+    for module in model.modules():
+        # By name: transformers, PEFT and TRL each add the hook, and transformers only remembers the last one.
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in _REQUIRE_GRAD_HOOKS:
+                del module._forward_hooks[key]
+        if isinstance(module, PreTrainedModel) and module.is_gradient_checkpointing:
+            module.gradient_checkpointing_disable()
+            logger.info("gradient checkpointing is left to the memory planner; memory_budget bounds the peak")
+
+
+class Pace:
+    """Measures tokens per second between logs, the first step (compilation) and evaluations left out.
+
+    Attributes:
+        first_step_seconds: wall time of the first step, None before it.
+    """
+
+    def __init__(self) -> None:
+        self.first_step_seconds: float | None = None
+        self._started: float | None = None  # of the running stretch; None before the first step and while paused
+        self._created = time.perf_counter()
+        self._seconds = self._lap_seconds = 0.0
+        self._tokens: Any = 0
+        self._lap_tokens: Any = 0
+
+    def add(self, tokens: Tensor | int) -> None:
+        if self.first_step_seconds is not None:
+            self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
+
+    def start(self) -> None:
+        """Training begins."""
+        self._created = time.perf_counter()
+
+    def after_step(self) -> None:
+        if self.first_step_seconds is None:
+            _wait_for_device()
+            self.first_step_seconds = time.perf_counter() - self._created
+            self._started = time.perf_counter()
+
+    def lap(self) -> float | None:
+        """Real (not padding) tokens per second since the last lap; None before the second step."""
+        self._stop()
+        rate = float(self._lap_tokens) / self._lap_seconds if self._lap_seconds and float(self._lap_tokens) else None
+        self._lap_tokens, self._lap_seconds = 0, 0.0
+        return rate
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over the whole run; None before the second step."""
+        self._stop()
+        return float(self._tokens) / self._seconds if self._seconds and float(self._tokens) else None
+
+    def _stop(self) -> None:
+        """Close the running stretch and begin the next."""
+        if self._started is not None:
+            _wait_for_device()
+            now = time.perf_counter()
+            self._seconds, self._lap_seconds = (
+                self._seconds + now - self._started,
+                self._lap_seconds + now - self._started,
+            )
+            self._started = now
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        self._stop()
+        was_running, self._started = self._started is not None, None
+        try:
+            yield
+        finally:
+            if was_running:
+                self._started = time.perf_counter()
+
+
+def _one_length(dataset: Any) -> bool:
+    """Whether all rows have the same number of tokens, as after packing into full blocks."""
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "select"):
+        return False
+    compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
+    extremes = compute.min_max(compute.list_value_length(dataset.data.column("input_ids")))
+    return extremes["min"] == extremes["max"]
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
