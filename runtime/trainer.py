@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow.compute
 import torch
 import trl
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -125,6 +126,9 @@ class SFTTrainer(trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         self._step = compiled(causal_lm_step, self.options, self._reports) if compile else causal_lm_step
         self._lengths_vary = not _one_length(self.train_dataset)
+        self._is_padded = self.args.pad_to_multiple_of is not None or (
+            self._lengths_vary and self.args.per_device_train_batch_size > 1
+        )
         self._plain_loss = (
             self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
         )
@@ -143,6 +147,8 @@ class SFTTrainer(trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        if self.model.training and not self._is_padded:
+            rest.pop("attention_mask", None)  # it is all ones; without it attention is known to be causal
         divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
         weight = 0.0
         if self.aux_loss_enabled:
@@ -269,7 +275,8 @@ class Pace:
 
 def _one_length(dataset: Any) -> bool:
     """Whether all rows have the same number of tokens, as after packing into full blocks."""
-    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "select"):
+    columns = getattr(dataset, "column_names", None) or ()
+    if "input_ids" not in columns or "attention_mask" in columns or not isinstance(dataset, Dataset):
         return False
     compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
     extremes = compute.min_max(compute.list_value_length(dataset.data.column("input_ids")))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from tests.runtime.tiny import dataset, tokenizer
@@ -32,7 +33,16 @@ def adapted(dropout: float = 0.0) -> torch.nn.Module:
     return get_peft_model(presets.build("tiny-llama"), config)
 
 
-def trainer(cls: Any, tmp_path: Any, *, model: Any = None, eval_dataset: Any = None, more: Any = None, **settings: Any):
+def trainer(
+    cls: Any,
+    tmp_path: Any,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    eval_dataset: Any = None,
+    more: Any = None,
+    **settings: Any,
+):
     defaults = {
         "output_dir": str(tmp_path),
         "max_steps": 4,
@@ -49,7 +59,7 @@ def trainer(cls: Any, tmp_path: Any, *, model: Any = None, eval_dataset: Any = N
     return cls(
         model if model is not None else adapted(),
         trl.SFTConfig(**{**defaults, **settings}),
-        train_dataset=dataset(),
+        train_dataset=rows if rows is not None else dataset(),
         eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         **(more or {}),
@@ -160,3 +170,11 @@ def test_pace_leaves_out_the_first_step_and_pauses(monkeypatch) -> None:
     step(300, 1.0)
     assert pace.lap() == pytest.approx(300) and pace.tokens_per_second == pytest.approx(500 / 3)
     assert not math.isnan(pace.tokens_per_second)
+
+
+def test_rows_of_one_length_need_no_mask(tmp_path) -> None:
+    rows = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 + 4 for j in range(24)]} for i in range(8)])
+    theirs = history(trainer(trl.SFTTrainer, tmp_path, rows=rows))
+    ours = trainer(SFTTrainer, tmp_path, rows=rows, more={"options": EAGER})
+    assert_same(history(ours), theirs, 1e-3)
+    assert ours.explanation.counts["attention"] == (2, 2)
