@@ -1,0 +1,177 @@
+"""``unsloth train``: a run from end to end on a tiny checkpoint, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.runtime.tiny import conversations, tokenizer
+from unsloth.models import presets
+from unsloth.runtime import cli
+from unsloth.runtime import train as training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    presets.build("tiny-llama").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in conversations(16)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``unsloth train <arguments>``; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        torch._dynamo.reset()
+        monkeypatch.setattr(sys, "argv", ["unsloth", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_a_run_from_a_file(command, checkpoint, rows, tmp_path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {checkpoint}\ndataset_name: {rows}\neval_dataset_name: {rows}\n"
+        f"output_dir: {tmp_path / 'out'}\nsample_prompt: What is 1 + 1?\nlora_r: 4\nmax_steps: 6\n"
+        "learning_rate: 1e-2\noptions: {lowering: eager, strict: true}\n",
+        encoding="utf-8",
+    )
+    code, out, err = command(config, "--max-steps", "8")
+    assert code == 0, err
+    assert "1 graph, 0 breaks" in out or "2 graphs, 0 breaks" in out  # one trains, one evaluates
+    assert "steps       8, " in out and "tokens/s" in out and "held out    loss " in out and "after " in out
+    folder = tmp_path / "out"
+    names = {p.name for p in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "loss.png", "log.json"} <= names
+    assert not [n for n in names if n.startswith(".")]
+    log = json.loads((folder / "log.json").read_text())
+    losses, held_out = [e["loss"] for e in log if "loss" in e], [e["eval_loss"] for e in log if "eval_loss" in e]
+    assert len(losses) == 8 and all(e["grad_norm"] > 0 for e in log if "loss" in e)
+    assert losses[-1] < losses[0] and held_out[-1] < held_out[0]
+
+
+def test_the_adapter_loads_in_plain_peft_with_the_same_logits(checkpoint, rows, tmp_path, monkeypatch) -> None:
+    kept: list[Any] = []
+    save = training._save
+    monkeypatch.setattr(training, "_save", lambda trainer, result: (kept.append(trainer.model), save(trainer, result)))
+    config = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(rows),
+        "output_dir": tmp_path / "out",
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "options": {"lowering": "eager", "strict": True},
+    }
+    training.train(training.TrainConfig.model_validate(config))
+    ids = torch.randint(4, 250, (2, 12))
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        plain = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()(ids).logits
+        trained = kept[0].eval()(ids).logits
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=0)
+    assert (loaded - plain).abs().max() > 1e-3
+
+
+def test_full_fine_tuning(command, checkpoint, rows, tmp_path) -> None:
+    arguments = ["--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out", "--max-steps", 2]
+    code, out, err = command(*arguments, "--use-peft", "false", "--options", "{lowering: eager, strict: true}")
+    assert code == 0, err
+    assert "all parameters trained" in out and (tmp_path / "out" / "model.safetensors").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nobody/nothing"}, "nobody/nothing"),
+        ({"--model": "tiny-lama"}, "tiny-llama"),
+        ({"--data": "absent.jsonl"}, "there is no file absent.jsonl"),
+        ({"--lora-target-modules": "[q_proj, w_proj]"}, "w_proj"),
+        ({"--max-step": "3"}, "did you mean 'max_steps'?"),
+        ({"--learning-rate": "-1"}, "--learning-rate: learning_rate cannot be -1"),
+        ({"--options": "{memory_budge: 3}"}, "did you mean 'memory_budget'?"),
+    ],
+)
+def test_bad_input(command, checkpoint, rows, tmp_path, change, message) -> None:
+    good = {"--model": checkpoint, "--data": rows, "--output-dir": tmp_path / "out", "--max-steps": 1}
+    code, out, err = command(*(word for pair in {**good, **change}.items() for word in pair))
+    assert (code, out) == (2, ""), err
+    assert err.strip().startswith("unsloth: ") and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_no_chat_template_and_no_tokenizer(command, checkpoint, rows, tmp_path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare)
+    for name in ("chat_template.jinja",):
+        (bare / name).unlink()
+    code, _, err = command("--model", bare, "--data", rows, "--output-dir", tmp_path / "out")
+    assert code == 2 and "chat template" in err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    code, _, err = command("--model", bare, "--data", rows, "--output-dir", tmp_path / "out")
+    assert code == 2 and "tokenizer" in err
+
+
+def test_wrong_column_and_empty_data(command, checkpoint, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n', encoding="utf-8")
+    code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
+    assert code == 2 and "has the columns answer, question, and none of these" in err
+    path.write_text("", encoding="utf-8")
+    code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
+    assert code == 2 and "is empty" in err
+
+
+def test_no_space_on_the_disk(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    code, _, err = command("--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out")
+    assert code == 2 and "MiB free; the run needs" in err
+
+
+def test_a_model_that_is_there_is_not_overwritten(command, checkpoint, rows, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_config.json").write_text("{}")
+    code, _, err = command("--model", checkpoint, "--data", rows, "--output-dir", out)
+    assert code == 2 and "already holds a model" in err and (out / "adapter_config.json").read_text() == "{}"
+
+
+def test_a_failure_while_saving_leaves_nothing_half_written(checkpoint, rows, tmp_path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training, "plot_loss", full)
+    config = {
+        "model_name_or_path": str(checkpoint),
+        "dataset_name": str(rows),
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "options": {"lowering": "eager"},
+    }
+    with pytest.raises(OSError, match="No space left"):
+        training.train(training.TrainConfig.model_validate(config))
+    assert list((tmp_path / "out").iterdir()) == []
