@@ -322,7 +322,7 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
     path = path.replace(".__dict__._modules", "")
-    return re.sub(r"^L\.self\.?|^self\.?|^L__self___?", "", path)
+    return re.sub(r"^(L\.\w+|L__self__|self)(\.|_|$)", "", path)
 
 
 def value(node: Any) -> Any:
