@@ -1,6 +1,7 @@
 """unsloth as a compiler: ``torch.compile(model, backend="unsloth")``.
 
-The backend needs no import: PyTorch finds it by its entry point. What is exported here is for asking it questions.
+The backend needs no import: PyTorch finds it by its entry point. What is exported here is for asking it questions and
+for loading models.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
+    from .models.fast import FastLanguageModel
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "Verification", "explain", "verify"]
+__all__ = ["Explanation", "FastLanguageModel", "Verification", "explain", "verify"]
 
 # Imported on first use, so that ``import unsloth`` costs nothing and touches nothing.
 _HOMES = {
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
+    "FastLanguageModel": ".models.fast",
     "verify": ".compiler.verify",
     "Verification": ".compiler.verify",
 }

@@ -1,85 +1,86 @@
-"""A causal language model by name: a preset, a folder, or an id on the Hugging Face hub."""
+"""A causal language model and its tokenizer by name: a preset, a folder, a GGUF file, or an id on the hub."""
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
 from . import presets
+from .adapters import load_adapter, with_lora
+from .source import ModelError, Source, explained, locate, missing_weights, pickles
+from .tokenizer import load_tokenizer
+
+__all__ = ["ModelError", "load", "load_model", "load_tokenizer", "random_batch", "with_lora"]
 
 
-class ModelError(ValueError):
-    """There is no such model, or it cannot be loaded as asked."""
-
-
-def load(
+def load_model(
     name: str,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantise: Literal["nf4"] | None = None,
+    gguf_file: str | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """Load a model for training.
+    revision: str | None = None,
+    token: str | bool | None = None,
+    random_weights: bool = False,
+) -> nn.Module:
+    """Load a model for training, in training mode.
+
+    What is on this machine is asked first: presets, then folders and files, then the hub's cache, then the hub.
 
     Args:
-        name: a key of :data:`~unsloth.models.presets.SHAPES`; a folder with ``config.json`` (without weight files it
-            gets random weights); or an id on the hub, which is then asked for it.
-        dtype: of the weights.
+        name: a key of :data:`~unsloth.models.presets.SHAPES`, which has random weights; a folder as ``save_pretrained``
+            leaves it, of a model or of an adapter (its base model is loaded too); a ``*.gguf`` file; or a hub id.
+        dtype: of the weights; with ``quantise`` of what is not quantised, and of the arithmetic.
         device: where the model goes.
+        quantise: "nf4" holds the linear layers of the blocks in 4 bits with double quantisation (QLoRA, Dettmers et al.
+            2023, arXiv:2305.14314). A checkpoint that is quantised already stays as it is.
+        gguf_file: the GGUF file in that folder or hub repository. GGUF weights are dequantised to ``dtype``.
         trust_remote_code: run the Python code that a checkpoint brings along. Never on unless asked for.
+        revision: branch, tag or commit on the hub.
+        token: for private and gated hub repositories.
+        random_weights: accept a folder with a configuration and no weights, and make them up.
+
+    Returns:
+        the model; a ``PeftModel`` with trainable adapters when ``name`` is an adapter.
 
     Raises:
-        ModelError: saying what was looked for, and the closest preset where there is one.
+        ModelError: saying what was looked for, and what is missing or cannot be read.
     """
-    if name in presets.SHAPES:
-        return presets.build(name, dtype=dtype, device=device)
-    settings: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    folder = _folder(name)
-    try:
-        if folder is not None and not _has_weights(folder):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-            with torch.device(device):
-                model = AutoModelForCausalLM.from_config(config, **settings)
+    if quantise not in (None, "nf4"):
+        raise ModelError(f"cannot quantise to {quantise!r}: 'nf4' is what there is")
+    source = locate(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code, revision=revision, token=token)
+    settings: dict[str, Any] = {"dtype": dtype, "device": torch.device(device), "quantise": quantise}
+    if source.adapter:
+        base = load_model(source.base_model, **settings, trust_remote_code=trust_remote_code, token=token)
+        return load_adapter(base, source)
+    with explained(name):
+        if source.folder is None:
+            model = presets.build(name, dtype=dtype, device=device)
+        elif source.gguf:
+            model = _from_gguf(source, dtype, torch.device(device))
+        elif random_weights and missing_weights(source.folder) == ["model.safetensors"] and not pickles(source.folder):
+            model = _from_config(source, dtype, torch.device(device), trust_remote_code)
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder or name, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load {name!r}: {error}") from error
-    return model.to(device).train()  # pyright: ignore[reportArgumentType]  transformers' stub of `to`
+            model = _from_folder(source, **settings, trust_remote_code=trust_remote_code)
+        if quantise and not getattr(model, "is_loaded_in_4bit", False):
+            from .quantise import quantise_nf4
+
+            model = quantise_nf4(model, compute_dtype=dtype)
+    _stay_trainable(model)
+    return model.train()
 
 
-def with_lora(model: PreTrainedModel, *, rank: int = 16, dropout: float = 0.0, seed: int = 0) -> torch.nn.Module:
-    """Freeze the model and put PEFT's LoRA adapters on every linear layer of its blocks.
-
-    B is random instead of zero, as it is from the second step on: with zeros A would have no gradient to look at.
-
-    Raises:
-        ModelError: when PEFT is not installed.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ModelError("LoRA needs PEFT: pip install peft") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=rank,
-                lora_alpha=rank,
-                lora_dropout=dropout,
-                target_modules="all-linear",
-                init_lora_weights=False,
-            ),
-        )
+def load(name: str, **settings: Any) -> nn.Module:
+    """:func:`load_model` for questions about a model's step, which a folder without weights can answer as well."""
+    return load_model(name, **settings, random_weights=True)
 
 
-def random_batch(model: torch.nn.Module, batch: int, seq: int, *, seed: int = 0) -> dict[str, Any]:
+def random_batch(model: nn.Module, batch: int, seq: int, *, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for one training step on random tokens.
 
     Returns:
@@ -92,22 +93,90 @@ def random_batch(model: torch.nn.Module, batch: int, seq: int, *, seed: int = 0)
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
-def _folder(name: str) -> Path | None:
-    """The folder that ``name`` is, or None when it can only be an id on the hub."""
-    path = Path(name).expanduser()
-    folder = path.parent if path.name == "config.json" else path
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return folder
-        raise ModelError(f"{name!r} has no config.json")
-    if path.is_absolute() or name.startswith((".", "~")) or path.exists():
-        raise ModelError(f"{name!r} is no folder with a config.json")
-    if "/" not in name and (close := difflib.get_close_matches(name, presets.SHAPES, n=1)):
-        raise ModelError(f"no preset {name!r}, did you mean {close[0]!r}? Presets are {', '.join(presets.SHAPES)}")
-    return None
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(
-        any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+def _from_folder(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantise: str | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    missing = missing_weights(source.files)
+    if missing and (unsafe := pickles(source.files)):
+        raise ModelError(
+            f"{source.name!r} holds its weights as pickle ({unsafe[0]}), which can run any code when it is read. "
+            "Where you trust it, convert it: AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)"
+            ".save_pretrained(new_folder)"
+        )
+    if missing:
+        raise ModelError(f"{source.name!r} lacks weights: {', '.join(missing)}")
+    config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {}
+    if method := getattr(config, "quantization_config", None):
+        method = method if isinstance(method, dict) else method.to_dict()
+        if quantise and not method.get("load_in_4bit"):
+            raise ModelError(f"{source.name!r} is quantised already, by {method.get('quant_method')}: load it as it is")
+    elif quantise:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = _complete(
+        source,
+        dtype,
+        device,
+        # Quantisation happens on the device, weight by weight.
+        device_map={"": device} if method or quantise else None,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        **settings,
     )
+    return _named(model, source.name)
+
+
+def _from_gguf(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    # Left packed, which is the default on devices with a kernel for it, the weights could not be trained.
+    model = _complete(source, dtype, device, gguf_file=source.gguf, quantization_config=GgufConfig(dequantize=True))
+    # They are ordinary weights now. As a quantised model it could neither be trained nor saved.
+    if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
+        quantiser.remove_quantization_config(model)
+    # The file's title stands there, by which nobody finds it again.
+    return _named(model, str((source.files / str(source.gguf)).resolve()))
+
+
+def _from_config(source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _complete(source: Source, dtype: torch.dtype, device: torch.device, **settings: Any) -> PreTrainedModel:
+    """``from_pretrained``, which by itself makes up the weights that it does not find."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source.files, dtype=dtype, output_loading_info=True, **settings)
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{source.name!r} is no complete {type(model).__name__}: {len(absent)} weights are not in it, "
+            f"such as {absent[0]}"
+        )
+    return model if settings.get("device_map") else model.to(device)
+
+
+def _stay_trainable(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit layers as they are when the model is evaluated.
+
+    On CPUs with bfloat16 instructions it would repack them at the first evaluation, for good, and a product with
+    repacked weights has no gradient: training after that would go wrong without an error.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+
+
+def _named(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Have adapters and model cards refer to ``name`` as their base model."""
+    model.name_or_path = model.config._name_or_path = name
+    return model

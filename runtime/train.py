@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
 
     first = _answer(trainer.model, tokenizer, config.sample_prompt)
     before = _held_out_loss(trainer, console)
+    history = list(trainer.state.log_history)  # training starts it anew
     trainer.train(resume_from_checkpoint=config.sft.get("resume_from_checkpoint"))
     after = _held_out_loss(trainer, console)
     second = _answer(trainer.model, tokenizer, config.sample_prompt)
@@ -142,7 +144,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         held_out=(before, after) if before is not None and after is not None else None,
         answers=(first, second) if first is not None and second is not None else None,
         explanation=trainer.explanation,
-        history=trainer.state.log_history,
+        history=[*history, *trainer.state.log_history],
         is_adapter=config.use_peft,
     )
     _save(trainer, result)
@@ -263,12 +265,18 @@ def _save(trainer: SFTTrainer, result: TrainResult) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out the libraries' own bars and notes: a run says what it does in one place."""
-    verbosity, bars = transformers_logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    verbosity, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    had_bars = not datasets.are_progress_bars_disabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of TRL to transformers, about names that we do not use
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if not bars:
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+        if had_bars:
             datasets.enable_progress_bars()

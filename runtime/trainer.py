@@ -203,9 +203,14 @@ def _leave_recomputation_to_the_planner(model: Any) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") in _REQUIRE_GRAD_HOOKS:
                 del module._forward_hooks[key]
-        if isinstance(module, PreTrainedModel) and module.is_gradient_checkpointing:
+        if isinstance(module, PreTrainedModel) and _is_checkpointing(module):
             module.gradient_checkpointing_disable()
             logger.info("gradient checkpointing is left to the memory planner; memory_budget bounds the peak")
+
+
+def _is_checkpointing(model: PreTrainedModel) -> bool:
+    newer = getattr(model, "is_activation_checkpointing", None)  # since transformers 5.2x, which deprecates the other
+    return model.is_gradient_checkpointing if newer is None else newer
 
 
 class Pace:

@@ -1,0 +1,248 @@
+"""``FastLanguageModel``: the loading calls of scripts that were written for the Unsloth library.
+
+The names are those of its public interface; behind them stand ordinary transformers and PEFT models. Nothing is
+patched, and nothing is fast yet: speed comes from compiling the step, as ``torch.compile(model, backend="unsloth")``
+and the trainers in :mod:`unsloth.runtime` do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .adapters import add_lora
+from .load import load_model, load_tokenizer
+from .source import ModelError
+
+logger = logging.getLogger(__name__)
+
+# What that interface also takes and this one does not do: accepted at the value that asks for nothing.
+_NEUTRAL_LOADING = {
+    "fast_inference": False,
+    "fix_tokenizer": True,
+    "resize_model_vocab": None,
+    "rope_scaling": None,
+}
+_NEUTRAL_ADAPTING = {"layers_pattern": None, "loftq_config": {}, "qat_scheme": None, "target_parameters": None}
+# Accepted at any value: 16 bits are what is loaded anyway, nothing is drawn while weights are read, and the others are
+# settings of an inference engine that is not there.
+_WITHOUT_EFFECT = {
+    *("load_in_16bit", "random_state"),
+    *("disable_log_stats", "float8_kv_cache", "gpu_memory_utilization", "max_lora_rank"),
+}
+
+
+class FastLanguageModel:
+    """Functions under one name; there are no instances."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        full_finetuning: bool = False,
+        device_map: Any = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        revision: str | None = None,
+        gguf_file: str | None = None,
+        **others: Any,
+    ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+        """Load a model and its tokenizer, ready for :meth:`get_peft_model` or for training all parameters.
+
+        Args:
+            model_name: preset, folder (of a model or an adapter), GGUF file or hub id, as
+                :func:`~unsloth.models.load.load_model` takes it.
+            max_seq_length: recorded as ``model.max_seq_length``; positions are not rescaled to reach it.
+            dtype: None is bfloat16 where the device computes in it, float16 on older GPUs, float32 on a CPU.
+            load_in_4bit: QLoRA: the linear layers of the blocks in NF4.
+            full_finetuning: all parameters are trained, and :meth:`get_peft_model` leaves the model alone. bfloat16
+                rounds small updates away: with ``dtype=torch.float32`` and the trainer's ``bf16=True`` it does not.
+            device_map: None, "auto" and "sequential" are this process's GPU, or the CPU where there is none; otherwise
+                one device. A model is not spread over several.
+            use_gradient_checkpointing: recorded and left to the memory planner, which decides what is recomputed.
+            token, trust_remote_code, revision, gguf_file: as :func:`~unsloth.models.load.load_model` takes them.
+
+        Returns:
+            the model, in training mode, and its tokenizer.
+
+        Raises:
+            ModelError: when the model cannot be loaded so.
+            TypeError: for an argument that does not exist or asks for what is not there.
+        """
+        _refuse(others, _NEUTRAL_LOADING, FastLanguageModel.from_pretrained)
+        if load_in_8bit:
+            raise ModelError("8-bit weights are not supported: load_in_4bit=True holds them in NF4, False in 16 bits")
+        if load_in_4bit and full_finetuning:
+            raise ModelError("4-bit weights cannot be trained: full_finetuning needs load_in_4bit=False")
+        device = _one_device(device_map)
+        where = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        tokenizer = load_tokenizer(model_name, **where)
+        model = load_model(
+            model_name,
+            dtype=_dtype(dtype, device),
+            device=device,
+            quantise="nf4" if load_in_4bit else None,
+            **where,
+        )
+        _agree(model, tokenizer, model_name)
+        _check_length(model, max_seq_length, model_name)
+        return _noted(
+            model,
+            max_seq_length=max_seq_length,
+            full_finetuning=full_finetuning,
+            use_gradient_checkpointing=use_gradient_checkpointing,
+        ), tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: nn.Module,
+        r: int = 16,
+        target_modules: str | Sequence[str] = "all-linear",
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        layers_to_transform: Sequence[int] | int | None = None,
+        use_gradient_checkpointing: bool | str = "unsloth",
+        random_state: int = 3407,
+        max_seq_length: int | None = None,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        init_lora_weights: bool | str = True,
+        autocast_adapter_dtype: bool = True,
+        **others: Any,
+    ) -> nn.Module:
+        """Freeze the model and put LoRA adapters on it; see :func:`~unsloth.models.adapters.add_lora`.
+
+        Args:
+            r, lora_alpha, lora_dropout, bias, use_rslora, layers_to_transform, init_lora_weights: as in PEFT.
+            target_modules: names of layers, "lm_head" among them if wanted, or "all-linear" for every one but that.
+            modules_to_save: layers that are trained whole and saved with the adapter.
+            use_gradient_checkpointing: recorded and left to the memory planner.
+            random_state: seed of the adapters' start.
+            max_seq_length: recorded, where given.
+            autocast_adapter_dtype: adapters in float32 on a half-precision model, as PEFT has it.
+
+        Raises:
+            ModelError: for a target that the model has not, and for what PEFT refuses.
+            TypeError: for an argument that does not exist or asks for what is not there.
+        """
+        _refuse(others, _NEUTRAL_ADAPTING, FastLanguageModel.get_peft_model)
+        if getattr(model, "full_finetuning", False):
+            logger.warning("the model was loaded with full_finetuning=True: it gets no adapters")
+            return model
+        adapted = add_lora(
+            model,
+            rank=r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            target_modules=target_modules,
+            seed=random_state,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            bias=bias,
+            use_rslora=use_rslora,
+            layers_to_transform=layers_to_transform,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights,
+        )
+        length = getattr(model, "max_seq_length", None) if max_seq_length is None else max_seq_length
+        return _noted(adapted, max_seq_length=length, use_gradient_checkpointing=use_gradient_checkpointing)
+
+    @staticmethod
+    def for_training(model: nn.Module, use_gradient_checkpointing: bool | str = "unsloth") -> nn.Module:
+        """``model.train()``; checkpointing is recorded and left to the memory planner."""
+        return _noted(model.train(), use_gradient_checkpointing=use_gradient_checkpointing)
+
+    @staticmethod
+    def for_inference(model: nn.Module) -> nn.Module:
+        """``model.eval()``: dropout off. Generation is transformers' own."""
+        return model.eval()
+
+
+def default_dtype(device: str | torch.device) -> torch.dtype:
+    """What weights are held in when nothing is said: bfloat16, on older GPUs float16, on a CPU float32."""
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _dtype(given: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if given in (None, "auto"):
+        return default_dtype(device)
+    dtype = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"{given!r} is no dtype of weights: torch.bfloat16, torch.float16, torch.float32 or None")
+    return dtype
+
+
+def _one_device(device_map: Any) -> torch.device:
+    """The device that a ``device_map`` comes down to."""
+    if isinstance(device_map, Mapping):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise ModelError(f"a model is not spread over several devices, which device_map={device_map} asks for")
+        (device_map,) = places
+    if device_map in (None, "auto", "sequential", "balanced"):
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # One process per GPU, as torchrun starts them.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+    try:
+        device = torch.device(device_map)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ModelError(f"there is no device {device_map!r}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _agree(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """One vocabulary and one padding token for model and tokenizer."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(f"the tokenizer of {name!r} knows {len(tokenizer)} tokens and its embedding only {rows}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_length(model: Any, length: int, name: str) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        logger.warning(
+            "max_seq_length %d is more than the %d positions that %s was made for; they are not rescaled",
+            length,
+            positions,
+            name,
+        )
+
+
+def _noted(model: nn.Module, **settings: Any) -> nn.Module:
+    """Keep settings where those scripts look for them: on the model, as attributes."""
+    for name, value in settings.items():
+        setattr(model, name, value)
+    return model
+
+
+def _refuse(given: Mapping[str, Any], neutral: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raise for arguments that would otherwise be ignored."""
+    known = {*inspect.signature(function).parameters, *neutral} - {"others"}
+    for name, value in given.items():
+        if name in _WITHOUT_EFFECT or (name in neutral and (value == neutral[name] or value is None)):
+            continue
+        if name in neutral:
+            raise TypeError(f"{function.__name__}: {name}={value!r} is not supported, only {neutral[name]!r}")
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        suggestion = f", did you mean {close[0]!r}?" if close else f"; arguments are {', '.join(sorted(known))}"
+        raise TypeError(f"{function.__name__} takes no argument {name!r}{suggestion}")
