@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +47,13 @@ class Operator:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     saves: tuple[str, ...]
+    saves_instead: Mapping[str, str]
     differentiable: tuple[str, ...]
     gradients_of: tuple[str, ...]
     devices: tuple[str, ...]
     flops: Callable[..., Any]
     backward_flops: Callable[..., Any]
+    fake: Callable[..., Any] | None
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
@@ -73,6 +75,11 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
+    def saved(self, values: Mapping[str, Any]) -> list[Any]:
+        """What backward is given of the inputs and outputs, in the order of ``saves``; None for what it can spare."""
+        spared = {other for name, other in self.saves_instead.items() if values[name] is not None}
+        return [None if name in spared else values[name] for name in self.saves]
+
     def supports(self, *args: Any) -> str | None:
         """None when the operator may replace its subgraph for these (possibly fake) arguments, else the reason."""
         if self.disabled is not None:
@@ -92,25 +99,32 @@ class Operator:
         return device in self.devices and self.disabled is None
 
 
+def _no_gradient(*_: Any) -> Any:
+    raise NotImplementedError("this operator has no gradient")
+
+
 def operator(
     schema: str,
     *,
     reference: Callable[..., Any],
-    reference_backward: Callable[..., Any],
+    reference_backward: Callable[..., Any] = _no_gradient,
     forward: Callable[..., Any],
-    backward: Callable[..., Any],
-    saves: str,
-    differentiable: str,
-    gradients_of: str,
+    backward: Callable[..., Any] = _no_gradient,
+    saves: str = "",
+    differentiable: str = "",
+    gradients_of: str = "",
     supports: Callable[..., str | None],
     flops: Callable[..., Any],
-    backward_flops: Callable[..., Any],
+    backward_flops: Callable[..., Any] = _no_gradient,
+    saves_instead: Mapping[str, str] | None = None,
+    fake: Callable[..., Any] | None = None,
     devices: Sequence[str] = ("cuda",),
 ) -> Operator:
     """Declare and register an operator.
 
     Args:
         schema: ``"rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)"``. Every output is named.
+            An input that may be absent is a ``Tensor?``; it is None everywhere then, and its gradient is never needed.
         reference: the formula in plain torch, with the schema's arguments; returns the schema's outputs as fresh
             tensors. Runs on any device and on fake tensors: it is the CPU kernel and the shape function, so its
             outputs' strides are the contract that ``forward`` has to meet.
@@ -121,11 +135,18 @@ def operator(
             autograd of the reference: otherwise what ``saves`` promises would go untested.
         forward, backward: the same contracts, on the devices named in ``devices``.
         saves: names of inputs and outputs that backward is given.
-        differentiable: names of the tensor inputs that get a gradient.
+        differentiable: names of the tensor inputs that get a gradient. Without any the operator has no backward
+            operator, and differentiating through it raises.
         gradients_of: names of the outputs that have a gradient. The others (statistics) are marked as having none.
         supports: called with the schema's arguments; None or the reason why the operator does not apply.
         flops, backward_flops: floating-point operations as a function of the schema's arguments (tensors, possibly
-            with symbolic sizes); ``backward_flops`` is for all gradients together.
+            with symbolic sizes); ``backward_flops`` is for all gradients together, and is given None for what
+            ``saves_instead`` spares.
+        saves_instead: ``{"z": "x"}`` where backward needs the optional input z, if there is one, in place of x: it is
+            given None for x then, and x is not kept in memory for it.
+        fake: for a reference that cannot be traced, because it loops over a size that may be symbolic or reads a
+            constant tensor: computes the outputs' shapes in its place. The operator then stays opaque where others are
+            replaced by their reference.
         devices: device types on which ``forward`` and ``backward`` run.
     """
     name = schema.split("(", 1)[0]
@@ -138,17 +159,20 @@ def operator(
         forward=forward,
         backward=backward,
         saves=tuple(saves.split()),
+        saves_instead=dict(saves_instead or {}),
         differentiable=tuple(differentiable.split()),
         gradients_of=tuple(gradients_of.split()),
         devices=tuple(devices),
         flops=flops,
         backward_flops=backward_flops,
+        fake=fake,
         _supports=supports,
     )
     _check_names(op)
     _register_forward(op, schema[len(name) :])
-    _register_backward(op)
-    _register_autograd(op)
+    if op.differentiable:
+        _register_backward(op)
+        _register_autograd(op)
     _register_flops(op)
     OPERATORS[name] = op
     return op
@@ -172,7 +196,7 @@ def switch_off(op: Operator, reason: str) -> None:
 
 
 def _is_tensor(argument: Any) -> bool:
-    return str(argument.type) in ("Tensor", "Optional[Tensor]")
+    return _type_name(argument) in ("Tensor", "Tensor?")
 
 
 def _check_names(op: Operator) -> None:
@@ -181,6 +205,7 @@ def _check_names(op: Operator) -> None:
         ("saves", op.saves, known),
         ("differentiable", op.differentiable, set(op.tensor_inputs)),
         ("gradients_of", op.gradients_of, set(op.outputs)),
+        ("saves_instead", (*op.saves_instead, *op.saves_instead.values()), set(op.saves)),
     ):
         if unknown := [n for n in names if n not in allowed]:
             raise ValueError(f"operator {op.name}: {what} names {unknown}, the schema has {sorted(allowed)}")
@@ -218,14 +243,15 @@ def _register_forward(op: Operator, signature: str) -> None:
         return _dispatch(op, op.forward, op.reference, args)
 
     definition = torch.library.custom_op(f"{NAMESPACE}::{op.name}", run, mutates_args=(), schema=signature)
-    definition.register_fake(op.reference)
+    definition.register_fake(op.fake or op.reference)
     op.overload = definition._opoverload
 
 
 def _register_backward(op: Operator) -> None:
+    maybe_none = {a.name for a in op.schema.arguments if _type_name(a) == "Tensor?"} | {*op.saves_instead.values()}
     arguments = [
         *(f"Tensor grad_{name}" for name in op.gradients_of),
-        *(f"Tensor {name}" for name in op.saves),
+        *(f"Tensor? {name}" if name in maybe_none else f"Tensor {name}" for name in op.saves),
         *(f"{_type_name(a)} {a.name}" for a in op.schema.arguments if not _is_tensor(a)),
         "bool[] needs",
     ]
@@ -257,7 +283,7 @@ def _register_autograd(op: Operator) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         values = output if isinstance(output, tuple) else (output,)
         by_name = dict(zip(op.inputs, inputs, strict=True)) | dict(zip(outputs, values, strict=True))
-        ctx.save_for_backward(*(by_name[name] for name in op.saves))
+        ctx.save_for_backward(*op.saved(by_name))
         ctx.others = [inputs[i] for i in others]
         ctx.mark_non_differentiable(*(values[i] for i in statistics))
 
@@ -287,7 +313,8 @@ def _register_flops(op: Operator) -> None:
 
     namespace = getattr(torch.ops, NAMESPACE)
     register_flop_formula(getattr(namespace, op.name), get_raw=True)(forward_formula)
-    register_flop_formula(getattr(namespace, f"{op.name}_backward"), get_raw=True)(backward_formula)
+    if op.differentiable:
+        register_flop_formula(getattr(namespace, f"{op.name}_backward"), get_raw=True)(backward_formula)
 
 
 def _type_name(argument: Any) -> str:
