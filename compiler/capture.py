@@ -251,7 +251,7 @@ def _check_gradients(old: fx.GraphModule, new: fx.GraphModule, fakes: list[Any])
     (output,) = (n for n in old.graph.nodes if n.op == "output")
     values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args[0])]
     before = reachable_inputs(values, fakes)
-    with fake_execution(fakes), torch.enable_grad():
+    with fake_execution(fakes):  # in the ambient grad mode, as the graph was recorded
         after = reachable_inputs(pytree.tree_leaves(fx.Interpreter(new).run(*fakes)), fakes)
     for index, (had, has) in enumerate(zip(before, after, strict=True)):
         if lost := had - has:

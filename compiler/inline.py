@@ -41,8 +41,10 @@ class InlineReferences(CustomGraphPass):
 def _references() -> dict[Any, tuple[Operator, Any]]:
     found: dict[Any, tuple[Operator, Any]] = {}
     for operator in OPERATORS.values():
-        found[operator.overload] = (operator, operator.reference)
-        found[operator.overload_backward] = (operator, operator.backward_as_returned)
+        if operator.fake is None:  # otherwise its reference cannot be traced
+            found[operator.overload] = (operator, operator.reference)
+        if operator.differentiable:
+            found[operator.overload_backward] = (operator, operator.backward_as_returned)
     return found
 
 

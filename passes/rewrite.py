@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
@@ -102,13 +102,14 @@ class Refused:
     reason: str
 
 
-def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> dict[fx.Node, fx.Node] | Refused:
+def apply(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> dict[fx.Node, fx.Node] | Refused:
     """Replace a match by its operator, or say which soundness rule or guard forbids it.
 
     Args:
         graph: the graph to change. Dead interior nodes stay behind for dead-code elimination.
         match: what to replace.
-        region: from :func:`regions`; no match may span two of them.
+        region: from :func:`regions`. What a gradient flows through may not span two of them; a statistic, which has
+            none, may be taken in another grad mode.
 
     Returns:
         The new node for each of the match's outputs, or the refusal (the graph is then unchanged).
@@ -141,22 +142,49 @@ def apply(graph: fx.Graph, match: Match, region: dict[fx.Node, int]) -> dict[fx.
     return outputs
 
 
-def _unsound(match: Match, region: dict[fx.Node, int]) -> str | None:
+def _unsound(match: Match, region: Mapping[fx.Node, Region]) -> str | None:
     for node in match.interior:
         if node not in match.outputs and (outside := [u for u in node.users if u not in match.interior]):
             return f"its inner value {node.name} is used outside, by {outside[0].name}"
         if is_random(node):
             return f"it contains the random operator {node.name}"
-    if len({region[node] for node in match.interior}) > 1:
+    graded = _graded(match)
+    for node in match.outputs:
+        if node not in graded and value(node).is_floating_point() and region[node].grad_enabled:
+            return f"{node.name} may want a gradient, which the operator does not have"
+    stretches = {region[node].stretch for node in match.interior}
+    modes = {region[node].grad_enabled for node in _inner(graded, match)}
+    if len(stretches) > 1 or len(modes) > 1:
         return "it spans a mutation, a change of grad mode or an autocast boundary"
     return None
+
+
+def _graded(match: Match) -> list[fx.Node]:
+    """The outputs that the operator has a gradient of: all but the statistics.
+
+    An operator that is not differentiable at all raises where a gradient reaches its inputs: nothing is lost silently.
+    """
+    op = match.operator
+    if not isinstance(op, Operator) or not op.differentiable:
+        return list(match.outputs)
+    return [n for n, i in match.outputs.items() if op.outputs[i] in op.gradients_of]
+
+
+def _inner(outputs: list[fx.Node], match: Match) -> set[fx.Node]:
+    """The interior nodes that these outputs are computed by, themselves included."""
+    found, todo = set(outputs), list(outputs)
+    while todo:
+        new = match.interior.intersection(todo.pop().all_input_nodes) - found
+        found |= new
+        todo += new
+    return found
 
 
 def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
     """The node before which the operator goes: after all its arguments, before the first use of any output."""
     last = max((order[node] for node in _nodes(match.args)), default=-1)
     outside = [order[u] for node in match.outputs for u in node.users if u not in match.interior]
-    candidates = [node for node in match.outputs if order[node] > last]
+    candidates = [node for node in _graded(match) if order[node] > last]  # in the grad mode of what has a gradient
     if not candidates or (outside and min(outside) <= last):
         return None
     place = min(candidates, key=order.__getitem__)
@@ -268,25 +296,41 @@ def _overload(target: Operator | OpOverload) -> OpOverload:
 # -- what a graph forbids ----------------------------------------------------------------------------------------------
 
 
-def regions(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Numbers the stretches of a graph between mutations, changes of grad mode and autocast boundaries."""
-    numbers: dict[fx.Node, int] = {}
-    number = 0
+class Region(NamedTuple):
+    """Where in a graph a node is: values of one region may be combined into one operator.
+
+    Attributes:
+        stretch: counts mutations and autocast boundaries.
+        grad_enabled: whether gradients are recorded.
+    """
+
+    stretch: int
+    grad_enabled: bool
+
+
+def regions(graph: fx.Graph) -> dict[fx.Node, Region]:
+    """The region of every node. A graph begins in the ambient grad mode."""
+    found: dict[fx.Node, Region] = {}
+    stretch, grad_enabled = 0, torch.is_grad_enabled()
     for node in graph.nodes:
-        number += is_boundary(node)
-        numbers[node] = number
-        number += is_boundary(node)
-    return numbers
+        if _is_call_of(node, "_set_grad_enabled"):
+            grad_enabled = bool(node.args[0])
+        boundary = _is_boundary(node)
+        stretch += boundary
+        found[node] = Region(stretch, grad_enabled)
+        stretch += boundary
+    return found
 
 
-def is_boundary(node: fx.Node) -> bool:
-    """Whether values before and after a node may not be combined into one operator."""
+def _is_boundary(node: fx.Node) -> bool:
+    """Whether values before and after a node may not be combined into one operator, in whatever grad mode."""
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable
-    return node.op == "call_function" and getattr(node.target, "__name__", "") in _BOUNDARIES
+    return _is_call_of(node, "_enter_autocast", "_exit_autocast", "_enter_inference_mode")
 
 
-_BOUNDARIES = {"_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_enter_inference_mode"}
+def _is_call_of(node: fx.Node, *names: str) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in names
 
 
 def is_random(node: fx.Node) -> bool:
@@ -319,10 +363,14 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(list(stack.values())[-1][0])
+    # What the compiled function calls its model: L['self'], L['args'][0] where forward is wrapped, L['model'], …
+    path = re.sub(r"^(L\['\w+'\](\[[^\]]*\])*|L__self__|self)", "", path)
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     path = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path)
     path = path.replace(".__dict__._modules", "")
-    return re.sub(r"^(L\.\w+|L__self__|self)(\.|_|$)", "", path)
+    # A forward that was wrapped from outside (accelerate does) leads to its module through the wrapper.
+    path = re.sub(r"\.forward(\.\w+)*?\.__self__", "", path)
+    return re.sub(r"^[._]", "", path)
 
 
 def value(node: Any) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .pattern import Attempt, Found, Pattern, is_cast
-from .rewrite import Miss, regions, source_line
+from .rewrite import Miss, Region, regions, source_line
 
 
 def search(
@@ -60,7 +60,7 @@ def search(
 
 
 def _consumed(
-    anchor: fx.Node, found: Found, order: Mapping[fx.Node, int], region: Mapping[fx.Node, int]
+    anchor: fx.Node, found: Found, order: Mapping[fx.Node, int], region: Mapping[fx.Node, Region]
 ) -> frozenset[fx.Node]:
     known = {v for v in found.captures.values() if isinstance(v, fx.Node) and v not in found.interior}
     free = []

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
@@ -43,9 +42,9 @@ def assert_same_mathematics(before: fx.GraphModule, after: fx.GraphModule) -> No
 
 
 def propagate(gm: fx.GraphModule) -> list[Any]:
-    """Run a graph on its fake inputs with gradients on, checking every value against its node's metadata."""
+    """Run a graph on its fake inputs in the ambient grad mode, checking every value against its node's metadata."""
     inputs = _inputs(gm)
-    with fake_execution(inputs), torch.enable_grad():
+    with fake_execution(inputs):
         return pytree.tree_leaves(_Checking(gm, garbage_collect_values=False).run(*inputs))
 
 

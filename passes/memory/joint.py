@@ -181,7 +181,7 @@ def is_cheap(node: fx.Node) -> bool:
         return hint(flops) <= ELEMENTWISE * sum(hint(v.numel()) for v in written)
     if operation.target.overloadpacket in _MOVERS or torch.Tag.pointwise in operation.target.tags:
         return True
-    return _unpacks(operation.target)
+    return unpacks(operation.target)
 
 
 _MOVERS = {
@@ -201,13 +201,13 @@ _KNOWN_HIGHER_ORDER = {"flex_attention", "triton_kernel_wrapper_functional"}
 
 def _is_known(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
-        return target.namespace in _KNOWN or _unpacks(target)
+        return target.namespace in _KNOWN or unpacks(target)
     return isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _KNOWN_HIGHER_ORDER
 
 
-def _unpacks(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator is a library's dequantisation: keeping a weight that it unpacked would undo its packing."""
-    return target._opname.startswith("dequantize")
+def unpacks(target: Any) -> bool:
+    """Whether an operator is a dequantisation, ours or a library's: keeping what it unpacked would undo the packing."""
+    return isinstance(target, torch._ops.OpOverload) and "dequantize" in target._opname
 
 
 def _is_choice(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from ..runner import CompilerWarning
 from . import torch_private
 from .joint import Joint, base, is_value, nbytes, read_joint
 from .plan import Plan, keep_plan, recompute_plan
+from .schedule import unpack_where_used
 
 
 class Partitioner(CustomPartitionerFn):
@@ -73,6 +74,9 @@ class Partitioner(CustomPartitionerFn):
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
         saved = inputs + [n for n in joint.forward if n.name in kept]
         halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, sides.long_lived)
+        for half in halves:
+            if unpack_where_used(half.graph):
+                half.recompile()
         self.last_plan = plan
         return halves
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from ..rewrite import Recogniser
-from . import attention, glu, rms_norm, rope
+from . import attention, cross_entropy, glu, lora_linear, nf4, rms_norm, rope
 
 # In this order: a formula that contains another comes first.
 RECOGNISERS: tuple[Recogniser, ...] = (
+    nf4.RECOGNISER,
+    cross_entropy.RECOGNISER,
+    lora_linear.RECOGNISER,
     rms_norm.RECOGNISER,
     rope.RECOGNISER,
     glu.RECOGNISER,

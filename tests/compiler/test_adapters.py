@@ -12,10 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from unsloth.compiler.options import Options
 from unsloth.compiler.report import GraphReport
 from unsloth.compiler.run import compiled
+from unsloth.kernels import linear_cross_entropy
 from unsloth.models import presets
 from unsloth.models.quantise import quantise_nf4
 from unsloth.runtime.trainer import causal_lm_step
@@ -30,9 +32,13 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def adapted(weights: str, regime: str) -> nn.Module:
-    """Tiny Llama in bfloat16 with random adapters: in bfloat16 too ("uniform"), or in float32 ("autocast")."""
-    model = presets.build("tiny-llama", dtype=torch.bfloat16, device=DEVICE)
+def adapted(weights: str, regime: str, **sizes: int) -> nn.Module:
+    """A small Llama in bfloat16 with random adapters: in bfloat16 too ("uniform"), or in float32 ("autocast")."""
+    shape = presets.config("tiny-llama")
+    shape.update(sizes)
+    shape.intermediate_size = 192  # bitsandbytes on a CPU unpacks rows wrongly that are no multiple of 64 long
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).to(DEVICE)
     if weights == "nf4":
         model = quantise_nf4(model, compute_dtype=torch.bfloat16)
     torch.manual_seed(1)
@@ -71,7 +77,7 @@ def test_every_adapter_is_as_close_to_float64_as_eager(weights: str, regime: str
     reports: list[GraphReport] = []
     ours = compiled(causal_lm_step, Options(strict=True, lowering="eager", logits="drop"), reports)
     errors: dict[str, list[float]] = {"ours": [], "eager": []}
-    for seed in range(4):
+    for seed in range(48):  # a median of fewer moves by more than the bar
         truth = gradients(causal_lm_step, exact, "uniform", seed)
         assert len(truth) == 2 * 7 * 2 and all(g.norm() > 0 for g in truth.values())  # A and B, 7 linears, 2 layers
         for system, run in (("ours", ours), ("eager", causal_lm_step)):
@@ -86,23 +92,21 @@ def test_every_adapter_is_as_close_to_float64_as_eager(weights: str, regime: str
     assert counts["nf4"] == ((14, 0) if weights == "nf4" else (0, 0))
 
 
-def test_no_tensor_of_tokens_by_vocabulary() -> None:
-    """Loss, entropy and accuracy of 2 × 512 tokens over 260 words: nothing in the graph has their product."""
-    model = adapted("bfloat16", "autocast")
-    ids = torch.randint(4, 250, (2, 512), device=DEVICE)
-    largest: list[int] = []
+def largest_allocation(run: Any, model: nn.Module, ids: Tensor) -> int:
+    """Bytes of the largest block that one training step asks for, whoever asks."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run(model, {"input_ids": ids, "use_cache": False}, ids).loss.backward()
+    return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            shapes = [r.shape for r in torch.utils._pytree.tree_leaves(result) if isinstance(r, Tensor)]
-            largest.extend(s.numel() for s in shapes if s and s[-1] in (260, 320))
-            return result
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the host's allocations; benchmarks.step measures the device's peak")
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, entropy and accuracy of 1024 tokens over 2048 words, forward and backward."""
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1 << 18)
+    model = adapted("bfloat16", "autocast", vocab_size=2048)
+    ids = torch.randint(4, 250, (2, 512))
+    whole = ids.numel() * 2048 * torch.bfloat16.itemsize
     run = compiled(causal_lm_step, Options(strict=True, lowering="eager", logits="drop"), [])
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         run(model, {"input_ids": ids, "use_cache": False}, ids)  # compiles
-        with Watch():
-            step = run(model, {"input_ids": ids, "use_cache": False}, ids)
-            step.loss.backward()
-    assert largest and max(largest) < 2 * 512 * 260
+        assert largest_allocation(run, model, ids) < whole <= largest_allocation(causal_lm_step, model, ids)

@@ -225,10 +225,14 @@ def test_a_failing_pass_leaves_the_others(index: int) -> None:
     owner = model("tiny-llama", lora=0.0)
     passes = list(RECOGNISERS)
     passes[index] = Raising(passes[index].name)
-    result, messages = warned(compiled(owner, Options(lowering="eager"), reports := [], passes), owner)
+    expected = step(compiled(owner, Options(lowering="eager", logits="drop"), whole := []), owner, batch())
+    torch._dynamo.reset()
+    result, messages = warned(compiled(owner, Options(lowering="eager", logits="drop"), reports := [], passes), owner)
+    assert_same(result, expected)
     assert_same(result, step(owner, owner, batch()))
     assert messages == [f"unsloth: pass {passes[index].name} was left out: ValueError: deliberate"]
-    assert all(p.rewritten for i, p in enumerate(reports[0].passes) if i != index)
+    counts = [[len(p.rewritten) for i, p in enumerate(r.passes) if i != index] for r in (reports[0], whole[0])]
+    assert counts[0] == counts[1] and sum(map(bool, counts[0])) >= len(passes) - 2  # no weights of 4 bits here
 
 
 def test_a_failing_memory_plan_leaves_the_partition_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

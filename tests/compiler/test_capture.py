@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -243,3 +243,21 @@ def test_a_failure_inside_an_autocast_region_restores_the_ambient_state(monkeypa
 
 
 _PRODUCTS = {torch.ops.aten.matmul.default, torch.ops.aten.linear.default}
+
+
+@pytest.mark.parametrize(
+    ("given", "path"),
+    [
+        ("L['self'].model.layers.0.mlp", "model.layers.0.mlp"),
+        ("L['args'][0].model.layers.0.mlp", "model.layers.0.mlp"),
+        ("L['models']['policy'].layers.1", "layers.1"),
+        ("L['fn'].1.0", "1.0"),
+        ("L['self']._modules['layers']._modules['2']", "layers.2"),
+        ("L__self___layers_0", "layers_0"),
+        ("L['model'].model.forward.__func__.__closure__[4].cell_contents.__self__.model.norm", "model.model.norm"),
+    ],
+)
+def test_module_paths_begin_below_what_the_function_calls_its_model(given: str, path: str) -> None:
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"1": (given, torch.nn.Module)}
+    assert module_path(node) == path

@@ -26,8 +26,10 @@ def batch() -> dict[str, Any]:
 
 def test_explain_counts_every_operator() -> None:
     explanation = explain(presets.build("tiny-llama"), batch())
-    assert explanation.counts == {"rms_norm": (5, 5), "rope": (2, 2), "glu": (2, 2), "attention": (2, 2)}
+    found = {"rms_norm": (5, 5), "rope": (2, 2), "glu": (2, 2), "attention": (2, 2), "linear_cross_entropy": (0, 1)}
+    assert explanation.counts == {"nf4": (0, 0), "lora_linear": (0, 0), **found}
     text = str(explanation)
+    assert 'the logits are returned as well; options={"logits": "drop"} leaves them out' in text
     assert "LlamaForCausalLM, all parameters trained, float32     1 graph, 0 breaks" in text
     assert "0–1" in text and "2/2" in text and "round, then scale" in text
 
