@@ -53,7 +53,7 @@ Forward = Callable[[dict[str, Any]], torch.Tensor]
 
 def _plain(work: Workload) -> nn.Module:
     """A random model of the shape, with what the mode trains, on transformers, PEFT and bitsandbytes alone."""
-    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
         _quantise(model)
     return _adapted(model, work)
@@ -81,23 +81,8 @@ def _randomise(model: nn.Module) -> None:
 
 
 def _quantise(model: nn.Module) -> None:
-    """NF4 with nested absmax in every linear layer of the blocks, in place."""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in LINEARS:
-            new = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=module.weight.dtype,
-                quant_type="nf4",
-                compress_statistics=True,
-            )
-            data = module.weight.data.cpu()
-            new.weight = bnb.nn.Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, new.to(module.weight.device))
+    """NF4 with double quantisation in every linear layer of the blocks, in place."""
+    _models("quantise").quantise_nf4(model, compute_dtype=model.dtype)
 
 
 def hf(work: Workload) -> tuple[nn.Module, Forward]:
@@ -124,7 +109,7 @@ def trl(work: Workload) -> tuple[nn.Module, Forward]:
     """TRL's fused head, with the statistics that its SFTTrainer asks for."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
         _quantise(model)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -136,7 +121,7 @@ def liger(work: Workload) -> tuple[nn.Module, Forward]:
     """Liger's kernels, applied to the instance."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
         _quantise(model)
     _apply_liger_kernel_to_instance(model)
@@ -181,7 +166,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    model = _presets().build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -208,7 +193,7 @@ def measure(work: Workload) -> dict[str, Any]:
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    vocabulary = _presets().config(work.shape).vocab_size
+    vocabulary = _models("presets").config(work.shape).vocab_size
     ids = torch.randint(vocabulary, (work.batch, work.seq), generator=torch.Generator().manual_seed(0))
     ids = ids.to(work.device)
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -282,10 +267,10 @@ def _dtype(work: Workload) -> torch.dtype:
     return torch.bfloat16 if work.device == "cuda" else torch.float32
 
 
-def _presets() -> Any:
-    """models/presets.py by its path: it needs torch and transformers only, and every system gets the same shapes."""
-    path = Path(__file__).parent.parent / "models" / "presets.py"
-    spec = importlib.util.spec_from_file_location("benchmark_presets", path)
+def _models(name: str) -> Any:
+    """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
+    path = Path(__file__).parent.parent / "models" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -273,6 +273,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of TRL to transformers, about names that we do not use
+            warnings.filterwarnings("ignore", "Could not find a config file in")  # of PEFT, which looks beside a GGUF
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -13,8 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.runtime.tiny import conversations, tokenizer
+from tests.runtime.tiny import conversations
 from unsloth.models import presets
+from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.runtime import cli
 from unsloth.runtime import train as training
 
@@ -23,7 +24,7 @@ from unsloth.runtime import train as training
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     presets.build("tiny-llama").save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

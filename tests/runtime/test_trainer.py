@@ -12,8 +12,9 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from tests.runtime.tiny import dataset, tokenizer
+from tests.runtime.tiny import dataset
 from unsloth.models import presets
+from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.runtime.trainer import Pace, SFTTrainer, causal_lm_step
 
 EAGER = {"lowering": "eager", "strict": True}
@@ -61,7 +62,7 @@ def trainer(
         trl.SFTConfig(**{**defaults, **settings}),
         train_dataset=rows if rows is not None else dataset(),
         eval_dataset=eval_dataset,
-        processing_class=tokenizer(),
+        processing_class=byte_tokenizer(),
         **(more or {}),
     )
 
@@ -95,7 +96,10 @@ def test_compiled_and_eager_steps_agree_through_inductor(tmp_path) -> None:
 
 def test_autocast_with_float32_adapters(tmp_path) -> None:
     theirs = history(trainer(trl.SFTTrainer, tmp_path, bf16=True))
-    assert_same(history(trainer(SFTTrainer, tmp_path, bf16=True, more={"options": EAGER})), theirs, 2e-2)
+    ours = history(trainer(SFTTrainer, tmp_path, bf16=True, more={"options": EAGER}))
+    # Both round to bfloat16, differently: a step's grad_norm is 1.5% off in either. tests/compiler/test_adapters.py
+    # holds every gradient against float64.
+    assert_same(ours, theirs, 5e-2)
 
 
 def test_evaluation_is_that_of_trl_and_not_counted_as_training(tmp_path) -> None:
