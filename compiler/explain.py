@@ -119,13 +119,17 @@ def _table(e: Explanation, names: list[str]) -> list[str]:
         cells[_layer(site.module)][site.operator][1] += 1
     rows: dict[str, list[str]] = defaultdict(list)
     for layer in sorted(cells, key=_layer_order):
-        rows["".join(_cell(cells[layer][n]) for n in names)].append(layer)
-    header = f"{'layer':<12}" + "".join(f"{n:<16}" for n in names)
+        rows["".join(_cell(cells[layer][n], _width(n)) for n in names)].append(layer)
+    header = f"{'layer':<12}" + "".join(f"{n:<{_width(n)}}" for n in names)
     return [header.rstrip(), *(f"{_span(layers):<12}{row}".rstrip() for row, layers in rows.items())]
 
 
-def _cell(count: list[int]) -> str:
-    return f"{f'{count[0]}/{count[1]}' if count[1] else '–':<16}"
+def _width(name: str) -> int:
+    return max(12, len(name) + 2)
+
+
+def _cell(count: list[int], width: int) -> str:
+    return f"{f'{count[0]}/{count[1]}' if count[1] else '–':<{width}}"
 
 
 def _layer(module: str) -> str:
