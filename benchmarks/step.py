@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def measure(name: str, args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """Measure one system in a process of its own; whatever happens to it becomes a row."""
     system, options = parse_system(name)
     peer = system in PEERS
-    profile = f"{path.with_suffix('')}-{name.replace(':', '-')}.txt" if args.profile else None
+    profile = f"{path.with_suffix('')}-{re.sub(r'[:=+]', '-', name)}.txt" if args.profile else None
     names = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
     work = {"system": system, "options": options, **{n: getattr(args, n) for n in names}, "profile": profile}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}

@@ -215,10 +215,11 @@ def measure(work: Workload) -> dict[str, Any]:
     wait()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    seconds = []
+    seconds, launching = [], []
     for _ in range(work.steps):
         started = time.perf_counter()
         loss = step()
+        launching.append(time.perf_counter() - started)
         wait()
         seconds.append(time.perf_counter() - started)
         losses.append(float(loss))
@@ -234,6 +235,7 @@ def measure(work: Workload) -> dict[str, Any]:
         "tokens_per_s": work.batch * work.seq / median,
         "ms_median": median * 1e3,
         "ms_min": min(seconds) * 1e3,
+        "ms_launching": statistics.median(launching) * 1e3,  # of which Python needs so long; nearly all: it holds us up
         "peak_allocated_gib": peaks[0] and peaks[0] / 2**30,
         "peak_reserved_gib": peaks[1] and peaks[1] / 2**30,
         "first_step_s": first,

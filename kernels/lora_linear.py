@@ -5,14 +5,13 @@ scale = alpha / √rank. x: [..., in]; weight W: [out, in], frozen: it gets no g
 in]; B: [out, rank]; one dtype. z is adapter_input, x after dropout, or x itself where that is None. Returns y: [...,
 out] and xa: [..., rank], which backward reads.
 
-An update smaller than half a unit in the last place of the base product is rounded away by eager PEFT. Here the update
-is the C of the base product's epilogue, D = x Wᵀ + C, which adds in float32 and rounds once. The gradient of x is made
-likewise: two products each, no sum in memory, no workspace besides the results.
+An update smaller than half a unit in the last place of the base product is rounded away by eager PEFT. Here it is added
+in float32 and the sum is rounded once: in half precision on a GPU by a product of our own (low_rank_product.py), since
+cuBLAS keeps only a third of such an update even where it is the C of its epilogue; elsewhere as that C, D = x Wᵀ + C.
+The gradient of x is made likewise.
 
 The floor is that of the base products, 2 · tokens · in · out operations each for y and the gradient of x. On top comes
-traffic: z is read, and the large result is written by the small product and read again by the large one's epilogue. In
-bf16 with 4096 tokens and 4096 → 14336 that is 0.27 GB or 0.09 ms at the 2.97 TB/s that an H100 copies with, beside a
-base product of 0.67 ms; separate products and one fused sum move 0.50 GB.
+traffic: z is read for xa and for the gradient of A, dy for the gradient of B and of xa.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .low_rank_product import low_rank_product
 from .operator import dtype_is, operator
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -91,16 +91,24 @@ def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
 
 
+def _product_plus(a: Tensor, b: Tensor, p: Tensor, q: Tensor, scale: float = 1.0, bias: Tensor | None = None) -> Tensor:
+    """a b + scale · p q + bias, rounded once."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16) and a.shape[1] and p.shape[1]:
+        return low_rank_product(a, b, p if scale == 1 else p * scale, q, bias)
+    y = _product(p, q, scale).addmm_(a, b)
+    if bias is not None:
+        # Not in the first product, where it would cost nothing: beside a large bias (keys of Qwen 2) the update would
+        # be rounded away for every token alike. Beside x Wᵀ, which differs by token, its mean survives the rounding.
+        y += bias
+    return y
+
+
 def _forward(
     x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     z = x if adapter_input is None else adapter_input
     xa = _product(_rows(z), A.T)
-    y = _product(xa, B.T, scale).addmm_(_rows(x), weight.T)
-    if bias is not None:
-        # Not in the first product, where it would cost nothing: beside a large bias (keys of Qwen 2) the update would
-        # be rounded away for every token alike. Beside x Wᵀ, which differs by token, its mean survives the rounding.
-        y += bias
+    y = _product_plus(_rows(x), weight.T, xa, B.T, scale, bias)
     return y.view(*x.shape[:-1], weight.shape[0]), xa.view(*x.shape[:-1], A.shape[0])
 
 
@@ -125,7 +133,7 @@ def _backward(
         if need_z:
             dz = _product(dxa, A).view(z.shape)
         if need_x and shared:
-            dx = _product(dxa, A).addmm_(dy, weight).view(z.shape)
+            dx = _product_plus(dy, weight, dxa, A).view(z.shape)
     if need_x and not shared:
         dx = _product(dy, weight).view(z.shape)
     db = _product(dy.T, _rows(xa), scale) if need_b else None

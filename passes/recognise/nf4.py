@@ -231,15 +231,20 @@ def _from_function(node: fx.Node) -> Match | None:
     if not any(_name(n) in ("gemm_4bit", "dequantize_4bit") for n in forward.graph.nodes):
         return None
     match _evaluated(forward, inputs):
-        case ((Product(transposed=True) as product,) | (Product(transposed=True) as product), saved):
+        case ((Product(transposed=True) as product, *others), saved):
             pass
+        case (Product(transposed=True) as product, saved):
+            others = []
         case _:
             raise Unreadable("its forward is not one product")
     if any(node.kwargs.get(key) for key in ("non_differentiable_idx", "dirty_idx")):
         raise Unreadable("its product is not differentiable")
-    _check_backward(_evaluated(backward, (GRADIENT, *saved)), inputs, product)
-    results = [user for user in node.users if user.target is operator.getitem]
-    result = results[0] if results else node
+    # Before torch 2.13 Dynamo also returns what forward computes for backward: codes in another shape.
+    results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    if any(not isinstance(other, Codes) for other in others) or any(i != 0 and r.users for i, r in results.items()):
+        raise Unreadable("its forward has other results beside the product")
+    _check_backward(_evaluated(backward, (GRADIENT, *(None for _ in others), *saved)), inputs, product)
+    result = results.get(0, node)
     return _linear(result, product, frozenset({node, result}), "autograd function")
 
 
