@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def key(row: dict[str, Any]) -> str:
     return json.dumps({"system": row["system"], **row["workload"]}, sort_keys=True)
 
 
-def measure(name: str, args: argparse.Namespace, path: Path) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None = None) -> dict[str, Any]:
     """Measure one system in a process of its own; whatever happens to it becomes a row."""
     system, options = parse_system(name)
     peer = system in PEERS
     profile = f"{path.with_suffix('')}-{re.sub(r'[:=+]', '-', name)}.txt" if args.profile else None
     names = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
     work = {"system": system, "options": options, **{n: getattr(args, n) for n in names}, "profile": profile}
+    work["turns"] = turns
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if peer and args.peer_site:
         environment["PYTHONPATH"] = str(Path(args.peer_site).resolve())
@@ -139,8 +141,21 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--limit", type=int, default=600, help="seconds per system")
     arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
+    arguments.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
+    )
     arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
     return arguments
+
+
+def _is_there(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> bool:
+    system, options = parse_system(name)
+    fields = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
+    wanted = key({"system": system, "workload": {n: getattr(args, n) for n in fields} | {"options": options}})
+    return any(key(r) == wanted and "error" not in r for r in rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,16 +166,13 @@ def main(argv: list[str] | None = None) -> None:
     names = args.systems.split(",")
     for name in names:
         parse_system(name)  # a misspelt system is noticed before the first one has run for minutes
-    for name in names:
-        system, options = parse_system(name)
-        fields = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
-        wanted = key({"system": system, "workload": {n: getattr(args, n) for n in fields} | {"options": options}})
-        rows = read(path)
-        if not args.force and any(key(r) == wanted and "error" not in r for r in rows):
-            continue
-        row = measure(name, args, path)
-        write(path, [r for r in rows if key(r) != wanted] + [row])
-        print(table([row]).splitlines()[-1], flush=True)
+    missing = names if args.force else [n for n in names if not _is_there(n, args, read(path))]
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(args.parallel) as pool:
+        together = turns if args.parallel > 1 else None
+        for future in as_completed([pool.submit(measure, name, args, path, together) for name in missing]):
+            row = future.result()
+            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+            print(table([row]).splitlines()[-1], flush=True)
     print(f"\n{table(read(path))}\n\n{path}")
 
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
+import os
+import signal
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+SETTLING = 1.0
+"""Seconds in which a stopped system's device finishes what was launched."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 
@@ -43,6 +48,8 @@ class Workload:
     regime: str
     checkpointing: str
     profile: str | None
+    turns: str | None = None
+    """A folder that workers at one time share, see :class:`Turns`; None for one after the other."""
 
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
@@ -207,29 +214,33 @@ def measure(work: Workload) -> dict[str, Any]:
         optimiser.step()
         return loss.detach()
 
+    turns = Turns(Path(work.turns)) if work.turns else None
     started = time.perf_counter()
     losses = [float(step())]
     wait()
     first = time.perf_counter() - started
-    losses += [float(step()) for _ in range(work.warmup)]
-    wait()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    if turns is not None:
+        first -= turns.stopped(started, started + first)
     seconds, launching = [], []
-    for _ in range(work.steps):
-        started = time.perf_counter()
-        loss = step()
-        launching.append(time.perf_counter() - started)
+    with turns.alone() if turns is not None else contextlib.nullcontext():
+        losses += [float(step()) for _ in range(work.warmup)]
         wait()
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(loss))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(work.steps):
+            started = time.perf_counter()
+            loss = step()
+            launching.append(time.perf_counter() - started)
+            wait()
+            seconds.append(time.perf_counter() - started)
+            losses.append(float(loss))
+        if work.profile and cuda:
+            _profile(step, Path(work.profile))
     peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
     norms = [p.grad.float().norm() for p in trained if p.grad is not None]
     grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
     if not grad_norm > 0:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
-    if work.profile and cuda:
-        _profile(step, Path(work.profile))
     median = statistics.median(seconds)
     return {
         "tokens_per_s": work.batch * work.seq / median,
@@ -243,6 +254,42 @@ def measure(work: Workload) -> dict[str, Any]:
         "grad_norm": grad_norm,
         "trained_parameters": sum(p.numel() for p in trained),
     }
+
+
+class Turns:
+    """Lets systems load and compile at one time, and each be timed alone: the others are stopped meanwhile.
+
+    In the folder lies a file per running worker, named by its process, and the log of who was alone when.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        (folder / f"{os.getpid()}.pid").touch()
+        self.log.touch()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self.log.open("a") as log:
+            fcntl.flock(log, fcntl.LOCK_EX)
+            started = time.perf_counter()
+            self._signal(signal.SIGSTOP)
+            try:
+                time.sleep(SETTLING)
+                yield
+            finally:
+                self._signal(signal.SIGCONT)
+                log.write(f"{started} {time.perf_counter()}\n")
+
+    def stopped(self, start: float, end: float) -> float:
+        """Seconds between two times during which another worker was alone. The clock is the same in all processes."""
+        spans = [tuple(map(float, line.split())) for line in self.log.read_text().splitlines()]
+        return sum(max(0.0, min(end, b) - max(start, a)) for a, b in spans)
+
+    def _signal(self, which: signal.Signals) -> None:
+        for path in self.folder.glob("*.pid"):
+            if int(path.stem) != os.getpid():
+                with contextlib.suppress(ProcessLookupError):  # it is done
+                    os.kill(int(path.stem), which)
 
 
 def _profile(step: Callable[[], Any], path: Path) -> None:

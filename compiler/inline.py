@@ -1,7 +1,9 @@
-"""Where an operator has no kernel for a device, its formula goes back into the graph for Inductor to fuse.
+"""What becomes of our operators once the graph is differentiated and cut.
 
-The operator was recognised and the memory planner has seen it whole; after the partition nothing is gained by keeping
-it opaque. This runs on the forward and the backward graph, as Inductor's ``post_grad_custom_pre_pass``.
+Where an operator has no kernel for a device, its formula goes back into the graph for Inductor to fuse: it was
+recognised, the memory planner has seen it whole, and nothing is gained by keeping it opaque. Where it has one, it is
+called without its autograd layer. This runs on the forward and the backward graph, as Inductor's
+``post_grad_custom_pre_pass``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from .identity import source_digest
 
 
 class InlineReferences(CustomGraphPass):
-    """Replaces operators by their reference on devices where they have no kernel."""
+    """Replaces operators by their reference on devices where they have no kernel, and by their launch elsewhere."""
 
     def __call__(self, graph: fx.Graph) -> None:
         references = _references()
@@ -30,7 +32,9 @@ class InlineReferences(CustomGraphPass):
                 operator, formula = found
                 values = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], node.args)
                 device = next(v.device.type for v in values if isinstance(v, Tensor))
-                if not operator.runs_kernel_on(device):
+                if formula is None or operator.runs_kernel_on(device):
+                    node.target = operator.launch[node.target]
+                else:
                     _inline(graph, node, formula, values)
         graph.lint()
 
@@ -41,8 +45,8 @@ class InlineReferences(CustomGraphPass):
 def _references() -> dict[Any, tuple[Operator, Any]]:
     found: dict[Any, tuple[Operator, Any]] = {}
     for operator in OPERATORS.values():
-        if operator.fake is None:  # otherwise its reference cannot be traced
-            found[operator.overload] = (operator, operator.reference)
+        traceable = operator.fake is None  # otherwise its reference cannot be traced, and it stays opaque
+        found[operator.overload] = (operator, operator.reference if traceable else None)
         if operator.differentiable:
             found[operator.overload_backward] = (operator, operator.backward_as_returned)
     return found

@@ -65,7 +65,7 @@ class Tiling(NamedTuple):
     traffic, for use without AUTOTUNE."""
 
 
-# Two warpgroups share 128 x 256, the largest instruction (m64n256k16) twice: 128 accumulators per thread, 160 registers.
+# Two warpgroups share 128 x 256, the largest instruction (m64n256k16) twice: 128 accumulators a thread, 160 registers.
 TILINGS = (
     Tiling(128, 256, warps=8, stages=3, halves=False, flatten=True, resident=1, rate=1.0),  # 208 KiB
     Tiling(128, 256, warps=8, stages=4, halves=True, flatten=True, resident=1, rate=0.99),  # 224 KiB
@@ -145,10 +145,7 @@ def _descriptor_kernel(
             else:
                 left, right, k = p, q, (step - steps) * BK
             x = left.load([row * BM, k])
-            if TRANSPOSED:
-                w = right.load([column * BN, k]).T
-            else:
-                w = right.load([k, column * BN])
+            w = right.load([column * BN, k]).T if TRANSPOSED else right.load([k, column * BN])
             product = _multiply_add(x, w, product)
         product = _plus_bias(product, bias, column * BN, N, BN)
         if HALVES:
@@ -231,6 +228,10 @@ class Operands(NamedTuple):
         return torch.empty(M, N, dtype=self.a.dtype, device=self.a.device)
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes microseconds
+
+
 def _operands(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None) -> Operands:
     transposed = b.stride(0) == 1 and b.stride(1) != 1
     if transposed:
@@ -262,7 +263,7 @@ def _with_descriptors(operands: Operands, tiling: Tiling) -> Tensor:
     right = [bn, BLOCK_K] if transposed else [BLOCK_K, bn]
     blocks = ([bm, BLOCK_K], right, [bm, BLOCK_K], right, [bm, bn // 2 if tiling.halves else bn])
     descriptors = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, p, q, y), blocks, strict=True)]
-    tiles = triton.cdiv(sizes[0], bm) * triton.cdiv(sizes[1], bn)
+    tiles = _ceil(sizes[0], bm) * _ceil(sizes[1], bn)
     launch: Any = _descriptor_kernel[(min(tiles, tiling.resident * _multiprocessors(a.device)),)]
     launch(
         *descriptors,
@@ -285,7 +286,7 @@ def _with_pointers(operands: Operands) -> Tensor:
     """The product on any device. M, N, K and rank are not zero."""
     a, b, p, q, bias, transposed = operands
     y, sizes = operands.product(), operands.sizes()
-    tiles = triton.cdiv(sizes[0], POINTER_TILE["BM"]) * triton.cdiv(sizes[1], POINTER_TILE["BN"])
+    tiles = _ceil(sizes[0], POINTER_TILE["BM"]) * _ceil(sizes[1], POINTER_TILE["BN"])
     pitches = (x.stride(0) for x in (a, b, p, q))
     launch: Any = _pointer_kernel[(tiles,)]
     launch(a, b, p, q, y, bias, *sizes, *pitches, TRANSPOSED=transposed, GROUP=GROUP, **POINTER_TILE)
@@ -316,18 +317,19 @@ def _tiling(operands: Operands) -> Tiling:
     if not AUTOTUNE or torch.cuda.is_current_stream_capturing():
         return _estimated(M, N, _multiprocessors(device))
     # A batch of another length is another M: twice as many choices cost more time than a better one would save.
-    key = (next_power_of_two(M), N, K, triton.cdiv(rank, BLOCK_K), operands.transposed, operands.a.dtype, device)
+    key = (next_power_of_two(M), N, K, _ceil(rank, BLOCK_K), operands.transposed, operands.a.dtype, device)
     if key not in _FASTEST:
         _FASTEST[key] = min(TILINGS, key=lambda tiling: _seconds(lambda: _with_descriptors(operands, tiling)))
     return _FASTEST[key]
 
 
+@functools.cache
 def _estimated(M: int, N: int, multiprocessors: int) -> Tiling:
     """The tiling whose busiest multiprocessor is done first; of equals the first."""
 
     def cost(tiling: Tiling) -> float:
-        tiles = triton.cdiv(M, tiling.rows) * triton.cdiv(N, tiling.columns)
-        return triton.cdiv(tiles, multiprocessors) * tiling.rows * tiling.columns / tiling.rate
+        tiles = _ceil(M, tiling.rows) * _ceil(N, tiling.columns)
+        return _ceil(tiles, multiprocessors) * tiling.rows * tiling.columns / tiling.rate
 
     return min(TILINGS, key=cost)
 

@@ -5,6 +5,7 @@ the compilers below us, so that the memory planner can see what it saves and dec
 gives the mathematics (plain torch and Triton, forward and backward) and this module does the wiring, once:
 
 * ``torch.ops.unsloth.<name>`` and ``torch.ops.unsloth.<name>_backward``, both without aliasing, both with a fake;
+* the same two under ``torch.ops.unsloth_launch``, without autograd: what a graph calls once it is differentiated;
 * autograd that hands backward exactly what ``saves`` names, so the contract is tested on every device;
 * FLOP formulas for both (an operator without one counts as free and would always be recomputed);
 * a kernel that raises is switched off for the process, and the reference takes its place.
@@ -24,6 +25,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "unsloth"
+LAUNCH = f"{NAMESPACE}_launch"
+
+# Not ``torch.library.custom_op``: its checks at every call cost as much time as a launch.
+_LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in (NAMESPACE, LAUNCH)}
 
 OPERATORS: dict[str, Operator] = {}
 """Every declared operator by name."""
@@ -57,6 +62,8 @@ class Operator:
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
+    launch: dict[torch._ops.OpOverload, torch._ops.OpOverload] = field(init=False, default_factory=dict)
+    """By operator, forward and backward: the same call without an autograd layer."""
     disabled: str | None = None
     """Why the kernel was switched off in this process, or None."""
 
@@ -173,6 +180,8 @@ def operator(
     if op.differentiable:
         _register_backward(op)
         _register_autograd(op)
+    else:
+        _refuse_gradients(op.name)
     _register_flops(op)
     OPERATORS[name] = op
     return op
@@ -216,15 +225,26 @@ def _check_names(op: Operator) -> None:
 def _dispatch(op: Operator, kernel: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Run the kernel where there is one, the reference elsewhere; never under the ambient autocast."""
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with _ambient(device):
-        if op.runs_kernel_on(device.type):
-            try:
-                return kernel(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # noqa: BLE001  the operator is functional: its reference can always take over
-                switch_off(op, f"{type(error).__name__}: {error}")
-        return reference(*args)
+    if torch.is_autocast_enabled(device.type) or _is_elsewhere(device):
+        with _ambient(device):
+            return _run(op, kernel, reference, args, device)
+    return _run(op, kernel, reference, args, device)
+
+
+def _run(op: Operator, kernel: Any, reference: Any, args: tuple[Any, ...], device: torch.device) -> Any:
+    if op.runs_kernel_on(device.type):
+        try:
+            return kernel(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  the operator is functional: its reference can always take over
+            switch_off(op, f"{type(error).__name__}: {error}")
+    return reference(*args)
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether Triton would launch on another device than the tensors'."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 @contextlib.contextmanager
@@ -233,18 +253,27 @@ def _ambient(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.is_autocast_enabled(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if _is_elsewhere(device):
             stack.enter_context(torch.cuda.device(device))
         yield
+
+
+def _define(op: Operator, name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator in both namespaces; returns the one that can be given an autograd layer."""
+    for namespace, library in _LIBRARIES.items():
+        library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    differentiated, launch = (getattr(getattr(torch.ops, namespace), name).default for namespace in _LIBRARIES)
+    op.launch[differentiated] = launch
+    return differentiated
 
 
 def _register_forward(op: Operator, signature: str) -> None:
     def run(*args: Any) -> Any:
         return _dispatch(op, op.forward, op.reference, args)
 
-    definition = torch.library.custom_op(f"{NAMESPACE}::{op.name}", run, mutates_args=(), schema=signature)
-    definition.register_fake(op.fake or op.reference)
-    op.overload = definition._opoverload
+    op.overload = _define(op, op.name, signature, run, op.fake or op.reference)
 
 
 def _register_backward(op: Operator) -> None:
@@ -256,15 +285,22 @@ def _register_backward(op: Operator) -> None:
         "bool[] needs",
     ]
     returns = ", ".join(f"Tensor grad_of_{name}" for name in op.differentiable)
-    signature = f"({', '.join(arguments)}) -> ({returns})"
 
     def run(*args: Any) -> Any:
         return _as_returned(_dispatch(op, op.backward, op.reference_backward, args), args[0])
 
-    name = f"{NAMESPACE}::{op.name}_backward"
-    definition = torch.library.custom_op(name, run, mutates_args=(), schema=signature)
-    definition.register_fake(op.backward_as_returned)
-    op.overload_backward = definition._opoverload
+    name = f"{op.name}_backward"
+    op.overload_backward = _define(op, name, f"({', '.join(arguments)}) -> ({returns})", run, op.backward_as_returned)
+    _refuse_gradients(name)
+
+
+def _refuse_gradients(name: str) -> None:
+    """Raise where a gradient is asked of an operator that has none, instead of going on without it."""
+
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{NAMESPACE}::{name} is not differentiable")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARIES[NAMESPACE])
 
 
 def _as_returned(gradients: Sequence[Tensor | None], like: Tensor) -> Any:
@@ -296,7 +332,8 @@ def _register_autograd(op: Operator) -> None:
             gradients[i] = value if need else None
         return tuple(gradients)
 
-    torch.library.register_autograd(f"{NAMESPACE}::{op.name}", backward, setup_context=setup_context)
+    name = f"{NAMESPACE}::{op.name}"
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARIES[NAMESPACE])
 
 
 def _register_flops(op: Operator) -> None:

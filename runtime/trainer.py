@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
 _REQUIRE_GRAD_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
+SHORT_ROWS = 0.05
+"""Share of rows of other lengths up to which a graph is compiled for the usual length first."""
+
 IGNORED = -100
 """The label of a token that is not trained on, as in transformers."""
 
@@ -126,9 +129,10 @@ class SFTTrainer(trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         self._step = compiled(causal_lm_step, self.options, self._reports) if compile else causal_lm_step
         self._lengths_vary = not _one_length(self.train_dataset)
-        self._is_padded = self.args.pad_to_multiple_of is not None or (
-            self._lengths_vary and self.args.per_device_train_batch_size > 1
-        )
+        if self.args.pad_to_multiple_of is None and (
+            not self._lengths_vary or self.args.per_device_train_batch_size == 1
+        ):  # elsewhere a batch without padding is a chance, not worth a graph of its own
+            self.data_collator = WithoutIdleMask(self.data_collator)
         self._plain_loss = (
             self.args.loss_type == "nll" and self.compute_loss_func is None and self.label_smoother is None
         )
@@ -147,8 +151,6 @@ class SFTTrainer(trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
-        if self.model.training and not self._is_padded:
-            rest.pop("attention_mask", None)  # it is all ones; without it attention is known to be causal
         divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
         weight = 0.0
         if self.aux_loss_enabled:
@@ -278,14 +280,32 @@ class Pace:
                 self._started = time.perf_counter()
 
 
+class WithoutIdleMask:
+    """A collator whose batches have no attention mask where nothing is masked: attention is then known to be causal.
+
+    Here the batch is still on the host; asking a mask on the device would make every step wait for it.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.collator(rows)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, Tensor) and not mask.is_cuda and bool(mask.all()):
+            del batch["attention_mask"]  # pyright: ignore[reportIndexIssue]
+        return batch
+
+
 def _one_length(dataset: Any) -> bool:
-    """Whether all rows have the same number of tokens, as after packing into full blocks."""
+    """Whether the rows have one number of tokens, as after packing into full blocks, but for a few such as the last."""
     columns = getattr(dataset, "column_names", None) or ()
-    if "input_ids" not in columns or "attention_mask" in columns or not isinstance(dataset, Dataset):
+    if "input_ids" not in columns or not isinstance(dataset, Dataset):
         return False
     compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
-    extremes = compute.min_max(compute.list_value_length(dataset.data.column("input_ids")))
-    return extremes["min"] == extremes["max"]
+    lengths = compute.list_value_length(dataset.data.column("input_ids"))
+    others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
+    return others <= max(1, SHORT_ROWS * len(dataset))
 
 
 def _wait_for_device() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import step, table
+from benchmarks import step, table, worker
 
 TINY = ["--shape", "tiny-llama", "--batch", "2", "--seq", "16", "--device", "cpu", "--steps", "2", "--warmup", "1"]
 
@@ -86,3 +89,32 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert table.updated(text, table.tables()) == text, "run python -m benchmarks.table"
     with pytest.raises(ValueError, match="has no"):
         table.updated("nothing", "")
+
+
+def test_systems_at_one_time_are_timed_alone(tmp_path: Path) -> None:
+    rows = run(tmp_path / "rows.json", "hf,ours:lowering=eager,ours:lowering=eager:logits=drop", "--parallel", "3")
+    assert [r.get("error") for r in rows] == [None] * 3, rows
+    assert len({r["system"] + str(r["workload"]["options"]) for r in rows}) == 3
+    assert all(0 < r["first_step_s"] < 120 for r in rows)
+
+
+def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SETTLING", 0.2)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        (tmp_path / f"{other.pid}.pid").touch()
+        turns = worker.Turns(tmp_path)
+        started = time.perf_counter()
+        with turns.alone():
+            assert _state(other.pid) == "T"  # stopped
+        ended = time.perf_counter()
+        assert _state(other.pid) == "R"
+        assert 0.2 <= turns.stopped(started, ended) <= ended - started
+        assert turns.stopped(ended, ended + 1) == 0
+    finally:
+        other.kill()
+        other.wait()
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]

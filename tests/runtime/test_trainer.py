@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tests.runtime.tiny import dataset
 from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
-from unsloth.runtime.trainer import Pace, SFTTrainer, causal_lm_step
+from unsloth.runtime.trainer import Pace, SFTTrainer, WithoutIdleMask, causal_lm_step
 
 EAGER = {"lowering": "eager", "strict": True}
 
@@ -176,9 +176,18 @@ def test_pace_leaves_out_the_first_step_and_pauses(monkeypatch) -> None:
     assert not math.isnan(pace.tokens_per_second)
 
 
-def test_rows_of_one_length_need_no_mask(tmp_path) -> None:
-    rows = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 + 4 for j in range(24)]} for i in range(8)])
+@pytest.mark.parametrize("last", [24, 17], ids=["all", "but the last"])
+def test_rows_of_one_length_need_no_mask(tmp_path, last: int) -> None:
+    lengths = [24] * 7 + [last]
+    rows = Dataset.from_list([{"input_ids": [(7 * i + j) % 250 + 4 for j in range(n)]} for i, n in enumerate(lengths)])
     theirs = history(trainer(trl.SFTTrainer, tmp_path, rows=rows))
     ours = trainer(SFTTrainer, tmp_path, rows=rows, more={"options": EAGER})
     assert_same(history(ours), theirs, 1e-3)
-    assert ours.explanation.counts["attention"] == (2, 2)
+    assert ours.explanation.counts["attention"] == ((2, 2) if last == 24 else (2, 4))  # a second graph, with padding
+
+
+def test_a_mask_that_masks_is_kept() -> None:
+    collate = WithoutIdleMask(lambda rows: {"attention_mask": torch.tensor(rows)})
+    assert collate([[1, 1], [1, 1]]) == {}
+    assert collate([[1, 1], [1, 0]])["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert WithoutIdleMask(list)([1]) == [1]
