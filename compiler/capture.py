@@ -122,7 +122,10 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
-        return super().run_node(n)
+        result = super().run_node(n)
+        # dynamic=True makes eps and scales symbolic too, and a formula would not be known for what it is. A guard on
+        # the number of a module is what Dynamo itself would have made; a number that the caller passes stays open.
+        return float(result) if isinstance(result, torch.SymFloat) and _is_of_a_module(n) else result
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
@@ -155,6 +158,17 @@ class _Interpreter(fx.Interpreter):
         device, enabled, dtype = self.autocast.pop()
         torch.set_autocast_enabled(device, enabled)
         torch.set_autocast_dtype(device, dtype)
+
+
+def _is_of_a_module(node: fx.Node) -> bool:
+    """Whether a number is read from an input that is an attribute of a module."""
+    origin = node.args[0] if node.target == "item" and node.args else None
+    source = getattr(origin.meta.get("grapharg"), "source", None) if isinstance(origin, fx.Node) else None
+    while source is not None:
+        if "NNModuleSource" in type(source).__name__:
+            return True
+        source = getattr(source, "base", None)
+    return False
 
 
 def _carry(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:

@@ -148,6 +148,8 @@ def _unsound(match: Match, region: Mapping[fx.Node, Region]) -> str | None:
             return f"its inner value {node.name} is used outside, by {outside[0].name}"
         if is_random(node):
             return f"it contains the random operator {node.name}"
+    if name := _unknown_number(match):
+        return f"its {name} is not known when compiling: Dynamo made it symbolic (dynamic=True does)"
     graded = _graded(match)
     for node in match.outputs:
         if node not in graded and value(node).is_floating_point() and region[node].grad_enabled:
@@ -157,6 +159,14 @@ def _unsound(match: Match, region: Mapping[fx.Node, Region]) -> str | None:
     if len(stretches) > 1 or len(modes) > 1:
         return "it spans a mutation, a change of grad mode or an autocast boundary"
     return None
+
+
+def _unknown_number(match: Match) -> str | None:
+    """The first real argument whose value is symbolic: calling the operator with it would guard on it."""
+    if not isinstance(match.operator, Operator):
+        return None
+    arguments = zip(match.operator.schema.arguments, match.args, strict=False)
+    return next((a.name for a, given in arguments if isinstance(value(given), torch.SymFloat)), None)
 
 
 def _graded(match: Match) -> list[fx.Node]:

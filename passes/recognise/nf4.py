@@ -95,6 +95,7 @@ class Product:
 
 
 GRADIENT = "the gradient of the product"
+SIZE = "a size of its activation, or whether it is 0"
 
 
 # -- rules: one per call that a body may make, with its arguments in order ---------------------------------------------
@@ -162,6 +163,8 @@ _RULES: Mapping[str, Callable[..., Any]] = {
     "dequantize_4bit": _weight,
     "gemm_4bit": _product,
     "matmul": _gradient,
+    "numel": lambda x: SIZE,
+    "eq": lambda size, number: SIZE,
 }
 
 
@@ -239,9 +242,11 @@ def _from_function(node: fx.Node) -> Match | None:
             raise Unreadable("its forward is not one product")
     if any(node.kwargs.get(key) for key in ("non_differentiable_idx", "dirty_idx")):
         raise Unreadable("its product is not differentiable")
-    # Before torch 2.13 Dynamo also returns what forward computes for backward: codes in another shape.
+    # Before torch 2.13 Dynamo also returns what else forward computes: codes in another shape, sizes.
     results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
-    if any(not isinstance(other, Codes) for other in others) or any(i != 0 and r.users for i, r in results.items()):
+    if any(not isinstance(o, Codes) and o != SIZE for o in others) or any(
+        i != 0 and r.users for i, r in results.items()
+    ):
         raise Unreadable("its forward has other results beside the product")
     _check_backward(_evaluated(backward, (GRADIENT, *(None for _ in others), *saved)), inputs, product)
     result = results.get(0, node)

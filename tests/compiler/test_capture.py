@@ -261,3 +261,31 @@ def test_module_paths_begin_below_what_the_function_calls_its_model(given: str, 
     node = fx.Graph().placeholder("x")
     node.meta["nn_module_stack"] = {"1": (given, torch.nn.Module)}
     assert module_path(node) == path
+
+
+def test_numbers_of_modules_are_constants_and_those_of_the_caller_are_not() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eps, self.weight = 0.25, nn.Parameter(torch.ones(8))
+
+        def forward(self, x, k):
+            return (x + self.eps) * self.weight * k
+
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(retrace(gm))
+        return graphs[-1].forward
+
+    model = Scale()
+    run = torch.compile(model, backend=backend, dynamic=True)
+    x = torch.randn(3, 8)
+    for k in (0.5, 0.75, 1.25):
+        torch.testing.assert_close(run(x, k), model(x, k))
+    assert len(graphs) == 1
+    (add,) = (n for n in graphs[0].graph.nodes if n.target is torch.ops.aten.add.Tensor)
+    assert add.args[1] == 0.25
+    model.eps = 0.5
+    torch.testing.assert_close(run(x, 0.5), model(x, 0.5))
+    assert len(graphs) == 2
