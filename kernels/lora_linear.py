@@ -83,6 +83,29 @@ def _reference_backward(
     )
 
 
+# -- shapes: a model has hundreds of these, and tracing the products themselves takes seconds --------------------------
+
+
+def _fake(x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, *_: Any) -> Any:
+    return tuple(x.new_empty((*x.shape[:-1], matrix.shape[0])) for matrix in (weight, A))
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    adapter_input: Tensor | None,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    xa: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    inputs = (*grad.shape[:-1], weight.shape[1])
+    shapes = (inputs, inputs, weight.shape[:1], A.shape, B.shape)
+    return tuple(grad.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True))
+
+
 # -- matrix products ---------------------------------------------------------------------------------------------------
 
 
@@ -185,5 +208,7 @@ lora_linear = operator(
     flops=lambda x, z, weight, bias, A, B, scale: _operations(x, weight, A, B),
     # A and B have two products each: one for what they read, one for themselves.
     backward_flops=lambda x, z, weight, bias, A, B, scale: _operations(_saved_input(x, z), weight, A, A, B, B),
+    fake=_fake,
+    fake_backward=_fake_backward,
     devices=("cuda", "cpu"),
 )

@@ -59,6 +59,7 @@ class Operator:
     flops: Callable[..., Any]
     backward_flops: Callable[..., Any]
     fake: Callable[..., Any] | None
+    fake_backward: Callable[..., Any]
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
@@ -125,6 +126,7 @@ def operator(
     backward_flops: Callable[..., Any] = _no_gradient,
     saves_instead: Mapping[str, str] | None = None,
     fake: Callable[..., Any] | None = None,
+    fake_backward: Callable[..., Any] | None = None,
     devices: Sequence[str] = ("cuda",),
 ) -> Operator:
     """Declare and register an operator.
@@ -151,9 +153,10 @@ def operator(
             ``saves_instead`` spares.
         saves_instead: ``{"z": "x"}`` where backward needs the optional input z, if there is one, in place of x: it is
             given None for x then, and x is not kept in memory for it.
-        fake: for a reference that cannot be traced, because it loops over a size that may be symbolic or reads a
-            constant tensor: computes the outputs' shapes in its place. The operator then stays opaque where others are
-            replaced by their reference.
+        fake: computes the outputs' shapes in place of the reference: for one that cannot be traced, because it loops
+            over a size that may be symbolic or reads a constant tensor, or takes long to. The operator then stays
+            opaque where others are replaced by their reference.
+        fake_backward: the same for ``reference_backward``, which is still traced where the operator is replaced.
         devices: device types on which ``forward`` and ``backward`` run.
     """
     name = schema.split("(", 1)[0]
@@ -173,6 +176,7 @@ def operator(
         flops=flops,
         backward_flops=backward_flops,
         fake=fake,
+        fake_backward=fake_backward or reference_backward,
         _supports=supports,
     )
     _check_names(op)
@@ -290,7 +294,11 @@ def _register_backward(op: Operator) -> None:
         return _as_returned(_dispatch(op, op.backward, op.reference_backward, args), args[0])
 
     name = f"{op.name}_backward"
-    op.overload_backward = _define(op, name, f"({', '.join(arguments)}) -> ({returns})", run, op.backward_as_returned)
+
+    def fake(*args: Any) -> Any:
+        return _as_returned(op.fake_backward(*args), args[0])
+
+    op.overload_backward = _define(op, name, f"({', '.join(arguments)}) -> ({returns})", run, fake)
     _refuse_gradients(name)
 
 

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyarrow.compute
@@ -127,7 +128,12 @@ class SFTTrainer(trl.SFTTrainer):
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
         self._reports: list[GraphReport] = []
-        self._step = compiled(causal_lm_step, self.options, self._reports) if compile else causal_lm_step
+        self._step = self._evaluation = causal_lm_step
+        if compile:
+            self._step = compiled(causal_lm_step, self.options, self._reports)
+            # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
+            without_inductor = replace(self.options, lowering="eager")
+            self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
         self._lengths_vary = not _one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
@@ -161,7 +167,8 @@ class SFTTrainer(trl.SFTTrainer):
             for value in (*rest.values(), labels):
                 if isinstance(value, Tensor) and value.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
-        step = self._step(model, rest, labels, divisor, weight)
+        run = self._step if self.model.training else self._evaluation
+        step = run(model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
