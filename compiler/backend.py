@@ -15,6 +15,7 @@ from torch import fx
 
 from ..kernels.operator import Operator, operator_of
 from ..passes.recognise import RECOGNISERS
+from ..passes.recognise import recognisers as all_recognisers
 from ..passes.rewrite import Recogniser
 from ..passes.runner import CompilerWarning, run_passes
 from .capture import CaptureError, retrace
@@ -59,16 +60,18 @@ def compile_graph(
     options: Options,
     *,
     mode: str | None = None,
-    recognisers: Sequence[Recogniser] = RECOGNISERS,
+    recognisers: Sequence[Recogniser] | None = None,
     observe: Observer | None = None,
 ) -> Compiled:
     """Compile one Dynamo graph.
 
     Args:
-        recognisers: the passes to run, for tests and bisection.
+        recognisers: the passes to run, for tests and bisection; None for all.
         observe: called with the graph's report once its passes have run.
     """
     report = GraphReport()
+    if recognisers is None:
+        recognisers = all_recognisers(right_padded=options.padding == "right")
     try:
         return _compile(gm, example_inputs, options, mode, recognisers, report)
     except Exception as error:

@@ -27,6 +27,8 @@ class Options:
         lowering: "inductor", or "eager": run the rewritten graph under eager autograd (debugging, fast tests).
         logits: "keep", or "drop": do not keep the logits when the graph also returns the loss computed from them.
             Dropped logits raise a clear error when they are read.
+        padding: "any", or "right": a promise that attention masks hide tokens at the end of a row only, and that
+            nothing is read at hidden positions (their labels are ignored). Causal attention then needs no mask.
     """
 
     memory_budget: int | None = None
@@ -34,6 +36,7 @@ class Options:
     strict: bool = False
     lowering: Literal["inductor", "eager"] = "inductor"
     logits: Literal["keep", "drop"] = "keep"
+    padding: Literal["any", "right"] = "any"
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, passes: Iterable[str] = ()) -> Options:
@@ -59,6 +62,7 @@ class Options:
             "strict": lambda value: _one_of("strict", value, (True, False)),
             "lowering": lambda value: _one_of("lowering", value, ("inductor", "eager")),
             "logits": lambda value: _one_of("logits", value, ("keep", "drop")),
+            "padding": lambda value: _one_of("padding", value, ("any", "right")),
         }
         return cls(**{name: checks[name](value) for name, value in given.items()})
 

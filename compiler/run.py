@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..passes.recognise import RECOGNISERS
 from ..passes.rewrite import Recogniser
 from .backend import compile_graph
 from .options import Options
@@ -24,7 +23,7 @@ def compiled(
     model: nn.Module | Callable[..., Any],
     options: Options,
     reports: list[GraphReport],
-    recognisers: Sequence[Recogniser] = RECOGNISERS,
+    recognisers: Sequence[Recogniser] | None = None,
 ) -> Any:
     """The model, or a function that runs one, compiled by the backend; reports get one entry per graph."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from ..passes.recognise import RECOGNISERS
+from ..passes.recognise import recognisers as all_recognisers
 from ..passes.rewrite import Recogniser
 from .options import Options
 from .run import compiled, loss_of, undisturbed
@@ -78,7 +79,7 @@ def verify(
     *,
     options: dict[str, Any] | None = None,
     tolerance: float | None = None,
-    recognisers: Sequence[Recogniser] = RECOGNISERS,
+    recognisers: Sequence[Recogniser] | None = None,
 ) -> Verification:
     """Compare one training step's loss and gradients: compiled, eager, and eager in float32.
 
@@ -91,13 +92,15 @@ def verify(
         options: the backend's options.
         tolerance: relative error allowed beyond 1.1 times eager's own error; by default 1e-4 for a float32 model and
             four roundings of the model's dtype otherwise.
-        recognisers: the passes to verify.
+        recognisers: the passes to verify; None for all.
 
     Raises:
         OptionError: for an unknown option.
         BatchError: when the model returns no scalar loss, or no parameter is trained.
     """
-    parsed = Options.parse(options, passes=[r.name for r in recognisers])
+    parsed = Options.parse(options, passes=[r.name for r in recognisers or RECOGNISERS])
+    if recognisers is None:
+        recognisers = all_recognisers(right_padded=parsed.padding == "right")
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     if tolerance is None:
         tolerance = 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps

@@ -76,7 +76,7 @@ TILINGS = (
     Tiling(64, 128, warps=4, stages=4, halves=False, flatten=True, resident=2, rate=0.75),  # 112 KiB
 )
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 POINTER_TILE = {"BM": 128, "BN": 128, "BK": 32, "num_warps": 4, "num_stages": 4}
 """64 KiB of shared memory: for every device."""
@@ -136,7 +136,8 @@ def _descriptor_kernel(
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     steps, all_steps = tl.cdiv(K, BK), tl.cdiv(K, BK) + tl.cdiv(rank, BK)
     tl.assume(all_steps > 0)  # or flattening keeps a second kernel for the case of no steps
-    for index in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=FLATTEN):
+    first, tiles, programs = tl.program_id(0), rows * columns, tl.num_programs(0)
+    for index in tl.range(first, tiles, programs, flatten=FLATTEN):  # pyright: ignore
         row, column = _tile(index, rows, columns, GROUP)
         product = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(all_steps):

@@ -22,6 +22,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
@@ -120,6 +121,7 @@ class SFTTrainer(trl.SFTTrainer):
         **others: Any,
     ) -> None:
         self.options = Options.parse({"logits": "drop", **(options or {})})
+        given = "padding" in (options or {})
         args = trl.SFTConfig() if args is None else copy.copy(args)
         for name in _CHECKPOINTING:
             if hasattr(args, name):
@@ -128,6 +130,8 @@ class SFTTrainer(trl.SFTTrainer):
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
         self._reports: list[GraphReport] = []
+        if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
+            self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
         self._step = self._evaluation = causal_lm_step
         if compile:
             self._step = compiled(causal_lm_step, self.options, self._reports)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from ..rewrite import Recogniser
 from . import attention, cross_entropy, glu, lora_linear, nf4, rms_norm, rope
 
-# In this order: a formula that contains another comes first.
-RECOGNISERS: tuple[Recogniser, ...] = (
-    nf4.RECOGNISER,
-    cross_entropy.RECOGNISER,
-    lora_linear.RECOGNISER,
-    rms_norm.RECOGNISER,
-    rope.RECOGNISER,
-    glu.RECOGNISER,
-    attention.RECOGNISER,
-)
+
+def recognisers(*, right_padded: bool = False) -> tuple[Recogniser, ...]:
+    """All recognisers, in this order: a formula that contains another comes first."""
+    return (
+        nf4.RECOGNISER,
+        cross_entropy.RECOGNISER,
+        lora_linear.RECOGNISER,
+        rms_norm.RECOGNISER,
+        rope.RECOGNISER,
+        glu.RECOGNISER,
+        attention.Attention(right_padded=right_padded),
+    )
+
+
+RECOGNISERS = recognisers()

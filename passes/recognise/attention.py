@@ -26,18 +26,25 @@ _INDEX = sympy.symbols("batch head position channel", integer=True, nonnegative=
 
 
 class Attention:
-    """Finds scaled dot-product attention that is causal, or sees every key."""
+    """Finds scaled dot-product attention that is causal, or sees every key.
+
+    Args:
+        right_padded: see :func:`~unsloth.passes.recognise.mask.prove`.
+    """
 
     name = "attention"
+
+    def __init__(self, *, right_padded: bool = False) -> None:
+        self.right_padded = right_padded
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
         proofs: dict[tuple[fx.Node, Shape], Mask | Kept] = {}  # layers share their masks
         for node in graph.nodes:
             if node.target is aten.scaled_dot_product_attention.default:
-                yield _site(node, proofs)
+                yield _site(node, proofs, self.right_padded)
 
 
-def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept]) -> Match | Miss:
+def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept], right_padded: bool) -> Match | Miss:
     given = arguments(node)
     q, k, v = given["query"], given["key"], given["value"]
     if reason := _problem(q, k, v, given):
@@ -47,7 +54,7 @@ def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept]) -> Ma
         scores = (*value(q).shape[:3], value(k).shape[2])
         key = tensor, tuple(map(integer, scores))
         if key not in proofs:
-            proofs[key] = prove(tensor, scores)
+            proofs[key] = prove(tensor, scores, right_padded=right_padded)
         mask = proofs[key]
         if isinstance(mask, Kept):
             return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
@@ -115,6 +122,3 @@ def _repeats(stored: fx.Node, x: fx.Node, heads: int | torch.SymInt) -> int | No
         return None
     alike = all(statically_known_true(old[d] == new[d]) for d in (0, 2, 3))
     return heads // old[1] if alike else None
-
-
-RECOGNISER = Attention()

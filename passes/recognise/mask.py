@@ -77,7 +77,7 @@ class Kept:
     source_line: str | None
 
 
-def prove(mask: fx.Node, scores: tuple[int | torch.SymInt, ...]) -> Mask | Kept:
+def prove(mask: fx.Node, scores: tuple[int | torch.SymInt, ...], *, right_padded: bool = False) -> Mask | Kept:
     """Fold the subgraph that builds a mask into what it hides.
 
     Args:
@@ -85,10 +85,13 @@ def prove(mask: fx.Node, scores: tuple[int | torch.SymInt, ...]) -> Mask | Kept:
             that has the same effect is hidden), of a shape that broadcasts to ``scores``.
         scores: the sizes [batch, heads, queries, keys], symbolic or not. Query 0 and key 0 are the first rows of q and
             k, so "causal" is the alignment of ``is_causal``: top left.
+        right_padded: the caller's promise that an input [batch, length] of the graph hides keys at the end of a row
+            only, and that nobody reads results at hidden positions. A causal query sees a hidden key only if it is
+            hidden itself, so beside "causal" such a mask has nothing to add.
 
     Returns:
-        A :class:`Mask` that equals the tensor for every value of the graph's inputs and every symbolic size, or
-        :class:`Kept`.
+        A :class:`Mask` that equals the tensor for every value of the graph's inputs (that the promise allows, in rows
+        that are read) and every symbolic size, or :class:`Kept`.
     """
     sizes = tuple(integer(s) for s in scores)
     elements = Elements(dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True)))
@@ -103,6 +106,8 @@ def prove(mask: fx.Node, scores: tuple[int | torch.SymInt, ...]) -> Mask | Kept:
             strangers.append(part)
         else:
             kinds.add(kind)
+    if right_padded and Causal() in kinds:
+        strangers = [part for part in strangers if not _is_padding(part, elements)]
     return _kept(mask, strangers, elements) if strangers else Mask(frozenset(kinds))
 
 
@@ -131,6 +136,18 @@ def _kind(part: Formula) -> Kind | None:
     if reach.is_Integer and reach >= 0:
         return Window(int(reach) + 1)
     return None
+
+
+def _is_padding(part: Formula, elements: Elements) -> bool:
+    """Whether a key is visible where an input of the graph, read at its batch and position, is not zero."""
+    if not (isinstance(part, Atom) and part.relation == "!="):
+        return False
+    element = part.expression
+    return (
+        isinstance(element, AppliedUndef)
+        and element.args == (BATCH, KEY)
+        and elements.origin(element).node.op == "placeholder"
+    )
 
 
 # -- reasons -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3C
 
 from tests.tracing import targets, trace
 from unsloth.compiler.capture import retrace
-from unsloth.passes.recognise.attention import RECOGNISER
+from unsloth.passes.recognise.attention import Attention
 from unsloth.passes.recognise.mask import prove
 from unsloth.passes.rewrite import Match, Miss
 from unsloth.passes.runner import run_passes
@@ -38,7 +38,7 @@ def symbolic(function: Callable[..., Any], *args: Tensor) -> Callable[..., Any]:
 
 def found(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Match | Miss:
     gm = trace(symbolic(function, *args), *args, dynamic=None) if dynamic else trace(function, *args)
-    (result,) = RECOGNISER.find(gm.graph)
+    (result,) = Attention().find(gm.graph)
     return result
 
 
@@ -162,6 +162,38 @@ def test_a_padding_mask_is_kept_and_says_where_it_is_made() -> None:
     assert result.source_line is not None and result.source_line.startswith("test_attention.py:")
 
 
+def padded_on_the_right(mask_of: Callable[[Tensor, Tensor], Tensor]) -> Match | Miss:
+    """What is found under the promise; ``mask_of`` makes a mask of causal [6, 6] and an input [2, 6]."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        mask = mask_of(positions <= positions[:, None], attention_mask)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    gm = trace(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
+    (result,) = Attention(right_padded=True).find(gm.graph)
+    return result
+
+
+def test_padding_on_the_right_needs_no_mask_beside_causal() -> None:
+    result = padded_on_the_right(lambda causal, mask: causal & mask[:, None, None, :].bool())
+    assert isinstance(result, Match) and result.variant == "causal" and result.args[3] is True
+
+
+@pytest.mark.parametrize(
+    ("mask_of", "reason"),
+    [
+        (lambda causal, mask: mask[:, None, None, :].bool().expand(2, 1, 6, 6), "(padding)"),  # sees what follows
+        (lambda causal, mask: causal & mask[:, None, :, None].bool(), "depends on the input attention_mask"),  # queries
+        (lambda causal, mask: causal & (mask * 2 - 1)[:, None, None, :].bool(), "depends on"),  # not the input itself
+        (lambda causal, mask: causal | mask[:, None, None, :].bool(), "depends on"),
+    ],
+)
+def test_the_promise_of_padding_on_the_right_covers_nothing_else(mask_of: Any, reason: str) -> None:
+    result = padded_on_the_right(mask_of)
+    assert isinstance(result, Miss) and result.reason.startswith("the mask is kept: ") and reason in result.reason
+
+
 def test_three_dimensions_are_refused() -> None:
     assert "are not [batch, heads, length, width]" in missed(
         scaled_dot_product_attention, *(torch.randn(4, 6, 8) for _ in range(3))
@@ -267,7 +299,7 @@ def test_the_rewritten_graph_computes_the_same(dynamic: bool) -> None:
         return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
     def backend(gm: fx.GraphModule, _: Any) -> Any:
-        result, (report,) = run_passes(retrace(gm), [RECOGNISER], strict=True)
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
         assert [s.detail for s in report.rewritten] == ["causal"] and not report.missed
         assert not {"arange", "le", "expand", "scaled_dot_product_attention"} & set(targets(result))
         return result
@@ -307,7 +339,7 @@ def in_model(config: PretrainedConfig, dynamic: bool, **inputs: Tensor) -> list[
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
         graph = retrace(gm)
-        results.extend(RECOGNISER.find(graph.graph))
+        results.extend(Attention().find(graph.graph))
         values = [i.node.hint if isinstance(i, torch.SymInt) else i for i in example_inputs]
         for node in graph.graph.nodes:
             if node.target is torch.ops.aten.scaled_dot_product_attention.default and node.args[3:4] not in (

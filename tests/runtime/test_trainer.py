@@ -86,7 +86,7 @@ def test_twenty_steps_are_those_of_trl_in_one_graph(tmp_path) -> None:
     ours = trainer(SFTTrainer, tmp_path, more={"options": EAGER}, **settings)
     assert_same(history(ours), theirs, 1e-3)
     assert len(ours.explanation.graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
-    assert ours.explanation.counts["rms_norm"] == (5, 5)
+    assert ours.explanation.counts["rms_norm"] == (5, 5) and ours.explanation.counts["attention"] == (2, 2)
 
 
 def test_compiled_and_eager_steps_agree_through_inductor(tmp_path) -> None:
@@ -183,7 +183,15 @@ def test_rows_of_one_length_need_no_mask(tmp_path, last: int) -> None:
     theirs = history(trainer(trl.SFTTrainer, tmp_path, rows=rows))
     ours = trainer(SFTTrainer, tmp_path, rows=rows, more={"options": EAGER})
     assert_same(history(ours), theirs, 1e-3)
-    assert ours.explanation.counts["attention"] == ((2, 2) if last == 24 else (2, 4))  # a second graph, with padding
+    assert ours.explanation.counts["attention"] == ((2, 2) if last == 24 else (4, 4))  # a second graph, with padding
+
+
+def test_only_our_own_collators_promise_padding_on_the_right(tmp_path) -> None:
+    ours = trainer(SFTTrainer, tmp_path, more={"options": EAGER})
+    assert ours.options.padding == "right"
+    assert trainer(SFTTrainer, tmp_path, more={"options": {**EAGER, "padding": "any"}}).options.padding == "any"
+    another = type("Another", (type(ours.data_collator),), {})(pad_token_id=0)
+    assert trainer(SFTTrainer, tmp_path, more={"options": EAGER, "data_collator": another}).options.padding == "any"
 
 
 def test_a_mask_that_masks_is_kept() -> None:
