@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +153,39 @@ def test_what_it_refuses() -> None:
 def test_the_estimate_prefers_tiles_that_fill_the_device() -> None:
     assert module._estimated(8192, 14336, 132).rows * module._estimated(8192, 14336, 132).columns == 128 * 256
     assert module._estimated(256, 1024, 132).rows <= 128  # 8 large tiles would leave most of it idle
+
+
+HOPPERS_SHARED_MEMORY = 227 << 10
+COMPILES = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from unsloth.kernels import low_rank_product as m
+
+kernel = m._descriptor_kernel
+for t in dict.fromkeys(m.TILINGS):
+    for transposed in (True, False):
+        right = (t.columns, 64) if transposed else (64, t.columns)
+        blocks = {"a": (t.rows, 64), "b": right, "p": (t.rows, 64), "q": right}
+        blocks["y"] = (t.rows, t.columns // 2 if t.halves else t.columns)
+        signature = {n: "constexpr" for n in kernel.arg_names} | {n: "i32" for n in ("M", "N", "K", "rank")}
+        signature |= {n: f"tensordesc<bf16[{rows}, {columns}]>" for n, (rows, columns) in blocks.items()}
+        given = {"bias": None, "TRANSPOSED": transposed, "BM": t.rows, "BN": t.columns, "BK": 64, "GROUP": m.GROUP}
+        given |= {"HALVES": t.halves, "FLATTEN": t.flatten}
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in given.items()})
+        options = {"num_warps": t.warps, "num_stages": t.stages}
+        made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(made.metadata.shared * t.resident)
+"""
+
+
+def test_every_tiling_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: Path) -> None:
+    """Without such a card: Triton's compiler needs none."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared = list(map(int, done.stdout.split()))
+    assert len(shared) == 2 * len(TILINGS) and max(shared) <= HOPPERS_SHARED_MEMORY
