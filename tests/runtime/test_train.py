@@ -138,9 +138,9 @@ def test_no_chat_template_and_no_tokenizer(command, checkpoint, rows, tmp_path) 
 
 def test_wrong_column_and_empty_data(command, checkpoint, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n', encoding="utf-8")
+    path.write_text('{"frage": "a", "antwort": "b"}\n', encoding="utf-8")
     code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
-    assert code == 2 and "has the columns answer, question, and none of these" in err
+    assert code == 2 and "has the columns antwort, frage, and none of these" in err
     path.write_text("", encoding="utf-8")
     code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
     assert code == 2 and "is empty" in err
