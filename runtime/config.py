@@ -18,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..compiler.options import OptionError, Options
 from ..passes.recognise import RECOGNISERS
+from .problems import DataError
+from .templates import Template
+
+TEMPLATES = ("prompt_template", "completion_template", "system_template")
 
 
 class ConfigError(ValueError):
@@ -48,11 +52,19 @@ class TrainConfig(BaseModel):
         True, description="Adapters in float32 under autocast; false holds them in the model's dtype, without autocast."
     )
 
-    dataset_name: str = Field(description="A .jsonl, .json, .csv or .parquet file, or a hub id.")
-    dataset_config: str | None = Field(None, description="Configuration of a hub data set.")
+    dataset_name: str = Field(
+        description="A .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .arrow or .txt file, or a hub id."
+    )
+    dataset_config: str | None = Field(None, description="Configuration of a hub data set, or an Excel file's sheet.")
     dataset_train_split: str = Field("train", description="Its split to train on.")
     eval_dataset_name: str | None = Field(None, description="Held-out data, likewise; evaluated before and after.")
     eval_dataset_split: str = Field("train", description="Its split to evaluate on.")
+    prompt_template: str | None = Field(
+        None, description='Columns as one prompt: "{question} [[Context: {context}]]"; [[…]] goes if a column is empty.'
+    )
+    completion_template: str | None = Field(None, description='What is learnt, likewise: "{answer}".')
+    system_template: str | None = Field(None, description="The system message of such pairs, likewise.")
+    strict_data: bool = Field(False, description="Refuse data with a bad row; false drops the row and says so.")
 
     output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")
     overwrite: bool = Field(False, description="Replace a model that is already in output_dir.")
@@ -71,6 +83,15 @@ class TrainConfig(BaseModel):
     def _spelled_out(cls, value: Any) -> Any:
         short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
         return short.get(value, value) if isinstance(value, str) else value
+
+    @field_validator(*TEMPLATES, mode="before")
+    @classmethod
+    def _template(cls, value: Any) -> Any:
+        if isinstance(value, dict | list):  # how YAML reads {answer} and [[…]] without quotes
+            raise DataError('a template stands in quotes, such as "{answer}"')
+        if isinstance(value, str):
+            Template.parse(value)
+        return value
 
     @field_validator("options")
     @classmethod
@@ -141,7 +162,7 @@ def parse_flags(words: Sequence[str]) -> dict[str, Any]:
         name = name.replace("-", "_")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        settings[aliases.get(name, name)] = _yaml_value(value)
+        settings[aliases.get(name, name)] = value if name in TEMPLATES else _yaml_value(value)
     return settings
 
 
@@ -179,7 +200,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if name in lines:
             raise ConfigError(f"{path}:{line}: {name!r} was already given in line {lines[name]}")
         lines[name] = line
-    return {str(k): _number(v) for k, v in values.items()}, lines
+    return {str(k): v if k in TEMPLATES else _number(v) for k, v in values.items()}, lines
 
 
 def _number(value: Any) -> Any:
@@ -194,6 +215,8 @@ def _worded(error: Any, where: Any) -> str:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, OptionError):
         return f"{where(name)}: {cause}"
+    if isinstance(cause, DataError):
+        return f"{where(name)}: {name}: {cause}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{where(name)}: {name} cannot be {error['input']!r}: {message}"
 

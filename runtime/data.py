@@ -1,56 +1,133 @@
-"""Rows to train on: a file or a data set of the hub, in one of the forms that TRL reads."""
+"""Data to train on: a file or a data set of the hub, read, recognised, and its bad rows left out by name.
+
+:mod:`.formats` reads files, :mod:`.rows` knows what columns mean, :mod:`.templates` puts columns together.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-COLUMNS = {
-    "a conversation": {"messages"},
-    "a prompt and its completion": {"prompt", "completion"},
-    "plain text": {"text"},
-    "tokens": {"input_ids"},
-}
+from .formats import BATCH, FORMATS, Item, Source, read_dataset, read_file
+from .problems import BadRow, DataError, Problems, shown
+from .rows import Shape, Templates, detect, unchatted
+
+__all__ = ["Data", "DataError", "Templates", "is_conversational", "load_data", "load_rows"]
+
+SAMPLE = 100
+"""Rows that are looked at to find out what all are."""
 
 
-class DataError(ValueError):
-    """There is no such data, it is empty, or it has not the columns to train on."""
+@dataclass
+class Data:
+    """Rows to train on, and what was found about them; ``print`` it.
+
+    Attributes:
+        name: as the user wrote it.
+        rows: in a form that TRL reads.
+        shape: what they were.
+        columns: all that there were.
+        problems: the rows that were left out.
+        part: what of a file was read, if not all of it.
+    """
+
+    name: str
+    rows: Dataset = field(repr=False)
+    shape: Shape
+    columns: list[str]
+    problems: Problems
+    part: str | None = None
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether rows are a question and its answer each, which can do without a chat template."""
+        return self.shape.gap is not None
+
+    def without_chat(self) -> Data:
+        """Pairs as plain texts; the completion alone is trained on, as before."""
+        gap = self.shape.gap or ""
+        rows = Dataset.from_list([unchatted(row, gap) for row in self.rows])  # type: ignore[arg-type]
+        shape = Shape(f"{self.shape.name} (plain text: the model has no chat template)", self.shape.columns, dict)
+        return Data(self.name, rows, shape, self.columns, self.problems, self.part)
+
+    def __str__(self) -> str:
+        part = f", {self.part}" if self.part else ""
+        unused = [column for column in self.columns if column not in self.shape.columns]
+        rest = f"; not used: {', '.join(unused)}" if unused else ""
+        count = f"{len(self.rows):,} row{'s' * (len(self.rows) != 1)}"
+        used = ", ".join(self.shape.columns)
+        lines = [f"data        {self.name}{part}: {count}, {self.shape.name} ({used}{rest})"]
+        if self.problems.count:
+            lines.append(f"dropped     {self.problems.count:,} of {len(self.rows) + self.problems.count:,} rows")
+            lines += [f"            {line}" for line in str(self.problems).splitlines()]
+        return "\n".join(lines)
+
+
+def load_data(
+    name: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str = "text",
+    templates: Templates | None = None,
+    strict: bool = False,
+) -> Data:
+    """Load a data set, find out what its rows are, and bring them into a form that TRL reads.
+
+    Args:
+        name: a file of one of :data:`~unsloth.runtime.formats.FORMATS`, or an id on the hub.
+        config: configuration of a hub data set, or the sheet of an Excel file.
+        split: of a hub data set; a file has only "train".
+        text_field: the column that holds plain text.
+        templates: how columns become a prompt and its completion, where their names do not say it.
+        strict: refuse the data when a row cannot be used, instead of leaving it out.
+
+    Raises:
+        DataError: naming what was looked for and what was found instead, with file and row where it is a row.
+    """
+    try:
+        return _load(_open(name, config, split), text_field, templates or Templates(), strict)
+    except UnicodeDecodeError as error:  # of UTF-16; what is wrong in UTF-8 costs its row only
+        raise DataError(
+            f"data set {name!r} cannot be read: {error.encoding}, {error.reason}; save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
+
+
+def _load(source: Source, text_field: str, templates: Templates, strict: bool) -> Data:
+    name = source.name
+    first, columns, problems, found = _first(source, templates)
+    if not found:
+        if problems.count:
+            raise DataError(f"data set {name!r} cannot be read: none of its {problems.count:,} rows can\n{problems}")
+        raise DataError(f"data set {name!r} has no rows")
+    shape = detect(name, columns, found, templates=templates, text_field=text_field)
+    if shape.name == "tokens" and source.table is not None:
+        rows, problems = source.table, Problems()  # made for training: as it is, in its place on the disk
+    else:
+        rows, problems = _converted(source, itertools.chain(first, source.items), shape)
+    if problems.count and strict:
+        total = len(rows) + problems.count
+        raise DataError(f"{problems.count:,} of {total:,} rows of {name!r} cannot be used (strict_data):\n{problems}")
+    if len(rows) == 0:
+        raise DataError(
+            f"data set {name!r} has no rows that can be used: all {problems.count:,} were read as {shape.name} and "
+            f"dropped\n{problems}"
+        )
+    return Data(name, rows, shape, columns, problems, source.part)
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Dataset:
-    """Load a data set and check that it can be trained on.
-
-    Args:
-        name: a .json, .jsonl, .csv or .parquet file, or an id on the hub.
-        config: configuration of a hub data set.
-        split: of a hub data set; a file has only "train".
-        text_field: the column that holds plain text.
-
-    Raises:
-        DataError: naming what was looked for and what was found instead.
-    """
-    path = Path(name).expanduser()
-    try:
-        if path.suffix.lower() in FORMATS or path.exists():
-            rows = _from_file(path)
-        else:
-            rows = load_dataset(name, config, split=split)
-    except DataError:
-        raise
-    except DatasetNotFoundError:
-        raise DataError(f"no data set {name!r}: it is no file here, and the hub does not have it") from None
-    except (DatasetsError, ValueError, OSError) as error:
-        # datasets wraps what went wrong; the innermost cause names the row or the split
-        if "corresponds to no data" in str(error):
-            raise DataError(f"data set {name!r} has no rows") from None
-        raise DataError(f"data set {name!r} cannot be read: {_innermost(error)}") from error
-    if len(rows) == 0:
-        raise DataError(f"data set {name!r} has no rows")
-    _check_columns(name, set(rows.column_names), text_field)
-    return rows
+    """The rows of :func:`load_data` alone."""
+    return load_data(name, config=config, split=split, text_field=text_field).rows
 
 
 def is_conversational(rows: Dataset) -> bool:
@@ -58,22 +135,67 @@ def is_conversational(rows: Dataset) -> bool:
     return any(isinstance(rows[0].get(column), list) for column in ("messages", "prompt", "completion"))
 
 
-def _from_file(path: Path) -> Dataset:
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    if path.suffix.lower() not in FORMATS:
-        raise DataError(f"{path} is no {', '.join(FORMATS)} file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
-    return load_dataset(FORMATS[path.suffix.lower()], data_files=str(path), split="train")
+def _open(name: str, config: str | None, split: str) -> Source:
+    path = Path(name).expanduser()
+    if path.suffix.lower() in FORMATS or path.exists():
+        return read_file(path, config)
+    try:
+        return read_dataset(name, load_dataset(name, config, split=split))
+    except DatasetNotFoundError:
+        raise DataError(f"no data set {name!r}: it is no file here, and the hub does not have it") from None
+    except (DatasetsError, ValueError, OSError) as error:
+        # datasets wraps what went wrong; the innermost cause names the row or the split
+        if "corresponds to no data" in str(error):
+            raise DataError(f"data set {name!r} has no rows") from None
+        raise DataError(f"data set {name!r} cannot be read: {_innermost(error)}") from error
 
 
-def _check_columns(name: str, found: set[str], text_field: str) -> None:
-    wanted = {**COLUMNS, "plain text": {text_field}}
-    if any(columns <= found for columns in wanted.values()):
-        return
-    forms = "; ".join(f"{' + '.join(sorted(columns))} ({form})" for form, columns in wanted.items())
-    raise DataError(f"data set {name!r} has the columns {', '.join(sorted(found))}, and none of these: {forms}")
+def _first(source: Source, templates: Templates) -> tuple[list[Item], list[str], Problems, list[dict[str, Any]]]:
+    """The first rows: (as read, their columns, what is wrong with them, the sound ones).
+
+    As many as show what all are. Rows of JSON have columns of their own, and one that a template names may come late.
+    """
+    items: list[Item] = []
+    found: list[dict[str, Any]] = []
+    problems, columns = Problems(), dict.fromkeys(source.columns or ())
+    for number, row in source.items:
+        items.append((number, row))
+        if isinstance(row, BadRow):
+            problems.add(source.name, number, row)
+            continue
+        found.append(row)
+        columns.update(dict.fromkeys(row))
+        if len(found) >= SAMPLE and (source.columns is not None or templates.columns <= columns.keys()):
+            break
+    return items, list(columns), problems, found
+
+
+def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dataset, Problems]:
+    problems = Problems()
+
+    def sound() -> Iterator[dict[str, Any]]:
+        for number, row in items:
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                yield shape.convert(row)
+            except BadRow as reason:
+                problems.add(source.name, number, reason)
+
+    rows = sound()
+    tables = []
+    try:
+        # Batches, because a row takes ten times its size as Python objects.
+        while batch := list(itertools.islice(rows, BATCH)):
+            names = dict.fromkeys(column for row in batch for column in row)
+            tables.append(pa.table({column: [row.get(column) for row in batch] for column in names}))
+        table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise DataError(
+            f"data set {source.name!r}: {', '.join(shape.columns)} hold values of different types in different rows, "
+            f"which a table cannot: {shown(str(error), 200)}"
+        ) from None
+    return Dataset(table), problems  # type: ignore[arg-type]
 
 
 def _innermost(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from ..models.fast import FastLanguageModel
 from ..models.load import load_model, load_tokenizer
 from .config import TrainConfig
 from .curves import plot_loss
-from .data import is_conversational, load_rows
+from .data import Data, Templates, is_conversational, load_data
 from .progress import ProgressBar
 from .trainer import SFTTrainer
 
@@ -97,28 +97,27 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     set_seed(config.seed)
     _check_output(config)
-    text_field = config.sft.get("dataset_text_field", "text")
-    rows = load_rows(
-        config.dataset_name, config=config.dataset_config, split=config.dataset_train_split, text_field=text_field
-    )
-    held_out = None
-    if config.eval_dataset_name is not None:
-        held_out = load_rows(config.eval_dataset_name, split=config.eval_dataset_split, text_field=text_field)
+    data = _data(config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.sft.get("use_cpu") else "cpu")
+    has_template = "chat_template_path" in config.sft
     with console.status(f"loading {config.model_name_or_path}"):
         tokenizer = load_tokenizer(
             config.model_name_or_path,
             gguf_file=config.gguf_file,
             trust_remote_code=config.trust_remote_code,
-            require_chat_template=is_conversational(rows) and "chat_template_path" not in config.sft,
+            require_chat_template=not has_template and any(is_conversational(d.rows) and not d.is_pairs for d in data),
         )
+        if not has_template and not tokenizer.chat_template:
+            data = [d.without_chat() if d.is_pairs else d for d in data]
         model = _model(config, device)
     _check_space(config, model)
+    for each in data:
+        console.print(str(each), markup=False, highlight=False, soft_wrap=True)
     trainer = SFTTrainer(
         model,
         trl.SFTConfig(**_precision(config, device), **_unlogged(config), use_cpu=device.type == "cpu"),
-        train_dataset=rows,
-        eval_dataset=held_out,
+        train_dataset=data[0].rows,
+        eval_dataset=data[1].rows if len(data) > 1 else None,
         processing_class=tokenizer,
         compile=config.compile,
         options=config.options,
@@ -149,6 +148,20 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     )
     _save(trainer, result)
     return result
+
+
+def _data(config: TrainConfig) -> list[Data]:
+    """What to train on and, if there is, what to evaluate on."""
+    shared: dict[str, Any] = {
+        "text_field": config.sft.get("dataset_text_field", "text"),
+        "templates": Templates.parse(config.prompt_template, config.completion_template, config.system_template),
+        "strict": config.strict_data,
+    }
+    name, split = config.dataset_name, config.dataset_train_split
+    data = [load_data(name, config=config.dataset_config, split=split, **shared)]
+    if config.eval_dataset_name is not None:
+        data.append(load_data(config.eval_dataset_name, split=config.eval_dataset_split, **shared))
+    return data
 
 
 def _model(config: TrainConfig, device: torch.device) -> Any:
@@ -273,6 +286,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of TRL to transformers, about names that we do not use
+            warnings.filterwarnings("ignore", module="openpyxl")  # of what it leaves out of a sheet, such as its look
             warnings.filterwarnings("ignore", "Could not find a config file in")  # of PEFT, which looks beside a GGUF
             yield
     finally:

@@ -39,6 +39,10 @@ def test_flags_alone() -> None:
         (NEEDED + "options: {memory_budge: 1}\n", "run.yaml:3: unknown option 'memory_budge', did you mean"),
         (NEEDED + "options: {disable: [rope_norm]}\n", "run.yaml:3: disable names an unknown pass 'rope_norm'"),
         (NEEDED + "seed: 1\nseed: 2\n", "run.yaml:4: 'seed' was already given in line 3"),
+        (NEEDED + "prompt_template: '{a.b}'\n", "run.yaml:3: prompt_template: '{a.b}': {a.b} is not allowed"),
+        (NEEDED + "completion_template: {answer}\n", "run.yaml:3: completion_template: a template stands in quotes"),
+        (NEEDED + "prompt_template: [[{answer}]]\n", "run.yaml:3: prompt_template: a template stands in quotes"),
+        (NEEDED + "strict_data: maybe\n", "run.yaml:3: strict_data cannot be 'maybe'"),
         ("dataset_name: x.jsonl\n", "model_name_or_path is missing (--model)"),
         ("- a\n- b\n", "run.yaml:1: the file has to hold 'name: value' lines"),
         ("a: [1, 2\nb: 3", "run.yaml:2: not YAML"),
@@ -61,6 +65,19 @@ def test_everything_wrong_is_said_at_once(tmp_path) -> None:
 def test_no_such_file(tmp_path) -> None:
     with pytest.raises(ConfigError, match="there is no file"):
         read_config(tmp_path / "absent.yaml")
+
+
+def test_templates_are_text_and_not_yaml(tmp_path) -> None:
+    words = [
+        "--prompt-template",
+        "{question} [[Context: {context}]]",
+        "--completion-template={answer}",
+        "--strict-data",
+    ]
+    given = read_config(file(tmp_path, NEEDED + "system_template: '1 {a}'\n"), parse_flags(words))
+    assert given.prompt_template == "{question} [[Context: {context}]]" and given.completion_template == "{answer}"
+    assert given.system_template == "1 {a}" and given.strict_data
+    assert not {"prompt_template", "completion_template", "system_template", "strict_data"} & given.sft.keys()
 
 
 def test_a_flag_that_is_none() -> None:

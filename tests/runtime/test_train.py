@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,8 @@ from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.runtime import cli
 from unsloth.runtime import train as training
+
+EAGER = "{lowering: eager, strict: true}"
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +141,85 @@ def test_no_chat_template_and_no_tokenizer(command, checkpoint, rows, tmp_path) 
 
 def test_wrong_column_and_empty_data(command, checkpoint, tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a", "answer": "b"}\n', encoding="utf-8")
+    path.write_text('{"frage": "a", "antwort": "b"}\n', encoding="utf-8")
     code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
-    assert code == 2 and "has the columns answer, question, and none of these" in err
+    assert code == 2 and "has the columns antwort, frage, and none of these" in err
     path.write_text("", encoding="utf-8")
     code, _, err = command("--model", checkpoint, "--data", path, "--output-dir", tmp_path / "out")
     assert code == 2 and "is empty" in err
+
+
+def in_few_steps(checkpoint: Path, data: Path, out: Path) -> list[Any]:
+    return ["--model", checkpoint, "--data", data, "--output-dir", out, "--max-steps", 2, "--options", EAGER]
+
+
+def test_a_csv_file_with_templates(command, checkpoint, tmp_path, monkeypatch) -> None:
+    kept: list[Any] = []
+    save = training._save
+    monkeypatch.setattr(training, "_save", lambda trainer, result: (kept.append(trainer), save(trainer, result)))
+    path = tmp_path / "rows.csv"
+    cells = [f"What is {i} + {i}?,{'a sum' if i % 2 else ''},{2 * i}" for i in range(8)]
+    path.write_text("\n".join(["ask,note,reply", *cells, ",no question,0"]) + "\n", encoding="utf-8")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        'prompt_template: "{ask} [[Context: {note}]]"\ncompletion_template: "{reply}"\nsystem_template: Be brief.\n'
+        f"eval_dataset_name: {path}\n",
+        encoding="utf-8",
+    )
+    code, out, err = command(config, *in_few_steps(checkpoint, path, tmp_path / "out"))
+    assert code == 0, err
+    assert f"data        {path}: 8 rows, by templates (ask, note, reply)\n" in err
+    assert f"dropped     1 of 9 rows\n            {path}:10: column 'ask' is empty\n" in err
+    assert err.index("data  ") < err.index("step 1/2") and "steps       2, " in out and "held out    loss " in out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    (trainer,) = kept
+    row = trainer.train_dataset[1]
+    text = trainer.processing_class.decode(row["input_ids"])
+    assert all(part in text for part in ("Be brief.", "What is 1 + 1? Context: a sum", "2"))
+    learnt = [token for token in row["labels"] if token >= 0]
+    assert "2" in trainer.processing_class.decode(learnt) and "What is" not in trainer.processing_class.decode(learnt)
+
+
+def test_an_excel_file(command, checkpoint, tmp_path) -> None:
+    path = tmp_path / "rows.xlsx"
+    book = openpyxl.Workbook()
+    for row in [["question", "answer"], *([f"What is {i} + {i}?", 2 * i] for i in range(8)), ["What is 9?", None]]:
+        book.active.append(row)
+    book.save(path)
+    code, out, err = command(*in_few_steps(checkpoint, path, tmp_path / "out"))
+    assert code == 0, err
+    assert f"{path}: 8 rows, a question and its answer (question, answer)" in err and "steps       2, " in out
+    code, out, err = command(*in_few_steps(checkpoint, path, tmp_path / "strict"), "--strict-data", "true")
+    assert (code, out) == (2, "") and f"1 of 9 rows of '{path}' cannot be used (strict_data):" in err
+    assert f"{path}:10: column 'answer' is null" in err and "Traceback" not in err
+
+
+def test_pairs_for_a_model_without_a_chat_template(command, checkpoint, tmp_path) -> None:
+    bare, path = tmp_path / "bare", tmp_path / "rows.csv"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    path.write_text("question,answer\n" + "What is 1 + 1?,2\n" * 4, encoding="utf-8")
+    code, _, err = command(*in_few_steps(bare, path, tmp_path / "out"))
+    assert code == 0, err
+    assert "4 rows, a question and its answer (plain text: the model has no chat template) (question, answer)" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--prompt-template", "{contxt}", "--completion-template", "{reply}"],
+            "unknown column 'contxt', did you mean",
+        ),
+        (["--prompt-template", "{ask}"], "prompt_template needs a completion_template"),
+        (["--prompt-template", "{ask.__class__}"], "--prompt-template: prompt_template: '{ask.__class__}': "),
+    ],
+)
+def test_templates_that_cannot_be_used(command, checkpoint, tmp_path, flags, message) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("ask,context,reply\na,b,c\n", encoding="utf-8")
+    code, out, err = command(*in_few_steps(checkpoint, path, tmp_path / "out"), *flags)
+    assert (code, out) == (2, "") and message in err and "Traceback" not in err
 
 
 def test_no_space_on_the_disk(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
