@@ -35,6 +35,18 @@ from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 _higher_order = torch.ops.higher_order
 _INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
 _CARRIED = {getattr(_higher_order, "autograd_function_apply", None)} - {None}
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """``target.copy_(source)`` once functionalised: a value in the target's layout, and one with a derivative."""
+    if (source.dtype, source.device) != (target.dtype, target.device):
+        source = torch.ops.aten._to_copy.default(source, dtype=target.dtype, device=target.device)
+    source = source.expand(target.shape)
+    return torch.slice_scatter(target, source) if target.dim() else source
+
+
+# What functionalisation leaves without a derivative, which AOTAutograd and eager autograd would only say in backward.
+_SPELLINGS = {torch.ops.aten.copy.default: _copy}
 # What AOTAutograd and Inductor read from the placeholders of Dynamo's graph.
 _PLACEHOLDER_META = (
     "example_value",
@@ -73,8 +85,8 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
         raise CaptureError("an input is not a plain tensor")
     try:
         with mode, preserve_node_meta():
-            carried = _fresh_outputs(gm, mode)
-            graph = make_fx(_Functionalised(gm, carried), pre_dispatch=True, tracing_mode="real")(*fakes)
+            functionalised = _Functionalised(gm, _fresh_outputs(gm, mode))
+            graph = make_fx(functionalised, _SPELLINGS, pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _keep_identity(gm, graph)
