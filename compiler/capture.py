@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from ..passes.fakes import fake_execution
 from ..passes.gradients import reachable_inputs
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
+from .vmap import write_out_vmap
 
 _higher_order = torch.ops.higher_order
 _INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
@@ -85,7 +86,8 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
         raise CaptureError("an input is not a plain tensor")
     try:
         with mode, preserve_node_meta():
-            functionalised = _Functionalised(gm, _fresh_outputs(gm, mode))
+            plain = write_out_vmap(gm)
+            functionalised = _Functionalised(plain, _fresh_outputs(plain, mode))
             graph = make_fx(functionalised, _SPELLINGS, pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
