@@ -13,6 +13,7 @@ graph as it stands, and AOTAutograd or eager autograd runs it as they would have
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,10 +32,26 @@ from torch.utils import _pytree as pytree
 from ..passes.fakes import fake_execution
 from ..passes.gradients import reachable_inputs
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
+from .mutations import behind_autograd, keep_mutations
+from .vmap import write_out_vmap
 
 _higher_order = torch.ops.higher_order
 _INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
 _CARRIED = {getattr(_higher_order, "autograd_function_apply", None)} - {None}
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """``target.copy_(source)`` once functionalised: a value in the target's layout, and one with a derivative."""
+    if (source.dtype, source.device) != (target.dtype, target.device):
+        source = torch.ops.aten._to_copy.default(source, dtype=target.dtype, device=target.device)
+    source = source.expand(target.shape)
+    return torch.slice_scatter(target, source) if target.dim() else source
+
+
+# What functionalisation leaves without a derivative, which AOTAutograd and eager autograd would only say in backward.
+_SPELLINGS = {torch.ops.aten.copy.default: _copy}
+# Results that nothing may mutate under ``export``: whether they alias their input depends on the arguments.
+_FROZEN = {torch.nn.functional.dropout, torch.dropout}
 # What AOTAutograd and Inductor read from the placeholders of Dynamo's graph.
 _PLACEHOLDER_META = (
     "example_value",
@@ -73,8 +90,9 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
         raise CaptureError("an input is not a plain tensor")
     try:
         with mode, preserve_node_meta():
-            carried = _fresh_outputs(gm, mode)
-            graph = make_fx(_Functionalised(gm, carried), pre_dispatch=True, tracing_mode="real")(*fakes)
+            plain = write_out_vmap(gm)
+            functionalised = _Functionalised(plain, _fresh_outputs(plain, mode))
+            graph = make_fx(functionalised, _SPELLINGS, pre_dispatch=True, tracing_mode="real")(*fakes)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _keep_identity(gm, graph)
@@ -108,7 +126,9 @@ class _Functionalised:
             itself = {id(inputs[i]): args[i] for i in mutated}  # a mutated input that is returned stays that input
             outputs = pytree.tree_map_only(FunctionalTensor, lambda t: itself.get(id(t), _plain(t)), results)
         for i in mutated:
-            args[i].copy_(after[i])
+            leaf = args[i].requires_grad and args[i].is_leaf  # mutable only where autograd does not look
+            with torch.no_grad() if leaf else nullcontext():
+                args[i].copy_(after[i])
         return outputs
 
 
@@ -122,7 +142,15 @@ class _Interpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
+        parameter = behind_autograd(n)
+        if parameter is not None:
+            through = self.env[parameter] - self.env[parameter].detach()
         result = super().run_node(n)
+        if parameter is not None:
+            # What comes after sees the new value, whose gradient is the parameter's; a sum with zeros is exact.
+            self.env[parameter] = result.detach() + through
+        if n.target in _FROZEN and isinstance(result, Tensor):
+            result = result.clone()  # that may be mutated; _tidy takes it out again
         # dynamic=True makes eps and scales symbolic too, and a formula would not be known for what it is. A guard on
         # the number of a module is what Dynamo itself would have made; a number that the caller passes stays open.
         return float(result) if isinstance(result, torch.SymFloat) and _is_of_a_module(n) else result
@@ -182,7 +210,7 @@ def _carry(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
             return get_proxy_slot(value, tracer).force()
         if isinstance(value, fx.GraphModule):
             name = _fresh_name(tracer.root, target.__name__)
-            tracer.root.register_module(name, value)
+            tracer.root.register_module(name, keep_mutations(value))
             return tracer.create_proxy("get_attr", name, (), {})
         return value
 
@@ -247,13 +275,20 @@ def _keep_identity(old: fx.GraphModule, new: fx.GraphModule) -> None:
 
 
 def _tidy(graph: fx.Graph) -> None:
-    """Drop what the retrace left behind: assertions about its own fakes, and aliases (nothing mutates any more)."""
+    """Drop what the retrace left behind: assertions about its own fakes, aliases and copies (nothing mutates now)."""
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif node.target is torch.ops.aten.alias.default and all(user.op != "output" for user in node.users):
+        elif _is_needless(node):
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
+
+
+def _is_needless(node: fx.Node) -> bool:
+    """Whether it is an alias, or the copy made of a frozen result, and stays inside of the graph."""
+    source = node.args[0] if node.target is torch.ops.aten.clone.default and not node.kwargs else None
+    copy = isinstance(source, fx.Node) and source.target is torch.ops.aten.dropout.default
+    return (copy or node.target is torch.ops.aten.alias.default) and all(user.op != "output" for user in node.users)
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

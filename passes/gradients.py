@@ -35,8 +35,8 @@ def _reach(output: Any, leaves: dict[int, int], made_by: dict[Any, int]) -> froz
     todo = [output.grad_fn]
     while todo:
         function = todo.pop()
-        if function is None or function in seen:
-            continue
+        if function is None or function in seen or function.name().endswith("::NotImplemented"):
+            continue  # the last raises in backward
         seen.add(function)
         if function in made_by:  # an input that is itself the result of a computation outside the graph
             found.add(made_by[function])

@@ -94,6 +94,22 @@ def test_in_place_operators_become_functional() -> None:
     assert_same_step(function, torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_copied_into_a_tensor_keeps_its_gradient(dynamic: bool) -> None:
+    def function(x, w):
+        parts = torch.empty(x.shape[0], 4, dtype=torch.float64)
+        parts[:, :2].copy_(x * w)  # another dtype
+        parts[:, 2:].copy_(w)  # broadcast
+        transposed, number = torch.zeros(3, 2).t(), torch.zeros(())
+        transposed.copy_(x.sum())
+        number.copy_(w.sum())
+        return (parts.sin().sum() + parts.view(-1).sum() + transposed.t().view(6).sum() + number * 2).float()
+
+    args = torch.randn(5, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    assert "copy" not in targets(trace(function, *args, dynamic=dynamic))
+    assert_same_step(function, *args, dynamic=dynamic)
+
+
 def test_a_mutated_buffer_is_written_back() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
@@ -174,6 +190,18 @@ def test_a_lost_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "make_fx", lambda *_, **__: lambda *_: broken)
     with pytest.raises(CaptureError, match="would lose its gradient with respect to l_w_"):
         retrace(gm)
+
+
+def test_an_operator_without_a_derivative_loses_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unsloth.compiler.capture._SPELLINGS", {})  # leaves aten.copy, which would raise in backward
+
+    def function(x):
+        y = torch.zeros(2)
+        y.copy_(x)
+        return y.sum()
+
+    with pytest.raises(CaptureError, match="would lose its gradient with respect to"):
+        trace(function, torch.randn(2, requires_grad=True))
 
 
 def test_a_graph_without_tensors_is_refused() -> None:

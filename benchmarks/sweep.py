@@ -1,0 +1,188 @@
+"""Every architecture that transformers has: is a compiled step of it the same step?
+
+    python -m benchmarks.sweep [--types llama,gpt2] [--jobs 1] [--out docs/architectures.md] [--json results.json]
+
+A tiny random model of each causal language model type (``benchmarks/shrink.py``) takes one step in eager and one
+compiled by our backend under ``strict`` and eager lowering; the loss and every gradient are compared. The models run in
+worker processes (``benchmarks/sweep_worker.py``) that are replaced when one dies or exceeds its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import queue
+import re
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import sweep_worker
+
+OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
+LIMIT = 120.0
+"""Seconds per type; Dynamo alone takes a minute for some scans."""
+OPERATORS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+STATUSES = ("equal", "wrong", "crashed", "random", "eager cannot run")
+_FRESH_AFTER = 40  # types per process: compiled code and guards are never given back as a whole
+
+Row = dict[str, Any]
+
+
+def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT) -> list[Row]:
+    """A row per type, in the given order; see :func:`benchmarks.sweep_worker.examine` for its fields."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in types:
+        waiting.put(name)
+    rows: dict[str, Row] = {}
+    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types))) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [rows[name] for name in types]
+
+
+def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, total: int) -> None:
+    worker: _Worker | None = None
+    while True:
+        try:
+            name = waiting.get_nowait()
+        except queue.Empty:
+            break
+        if worker is None or worker.served >= _FRESH_AFTER:
+            if worker is not None:
+                worker.stop()
+            worker = _Worker()
+        row = worker.ask(name, limit)
+        if row is None:
+            worker.stop()
+            worker, row = None, {"type": name, "status": "crashed", "reason": f"no answer within {limit:.0f} s"}
+        rows[name] = row
+        print(f"{len(rows):>4}/{total}  {name:<28}{row['status']}  {row.get('reason', '')}"[:160], flush=True)
+    if worker is not None:
+        worker.stop()
+
+
+class _Worker:
+    """A process that examines one type after the other."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and their locks
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=sweep_worker.serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        self.served = 0
+
+    def ask(self, name: str, limit: float) -> Row | None:
+        """The type's row, or None when the process died or took too long."""
+        self.served += 1
+        if self.served == 1 and not self._ready(limit):
+            return None
+        try:
+            self.pipe.send(name)
+            return self.pipe.recv() if self.pipe.poll(limit) else None
+        except (EOFError, OSError):
+            return None
+
+    def _ready(self, limit: float) -> bool:
+        """Importing torch and transformers is no part of the first type's time."""
+        try:
+            return self.pipe.poll(limit) and self.pipe.recv() == "ready"
+        except (EOFError, OSError):
+            return False
+
+    def stop(self) -> None:
+        self.pipe.close()  # by which a worker that still listens ends
+        self.process.join(timeout=2)
+        self.process.kill()
+        self.process.join()
+
+
+# -- the document -----------------------------------------------------------------------------------------------------
+
+
+def document(rows: list[Row], versions: dict[str, str]) -> str:
+    """The rows as Markdown: what came out of it, then a table row per type."""
+    count = Counter(row["status"] for row in rows)
+    ran = len(rows) - count["eager cannot run"]
+    equal = [r for r in rows if r["status"] == "equal"]
+    whole = sum(r["graphs"] == 1 and not r["breaks"] for r in equal)
+    found = ", ".join(f"{name} in {sum(bool(r['counts'].get(name, [0])[0]) for r in equal)}" for name in OPERATORS)
+    lines = [
+        "# Architectures",
+        "",
+        "One training step of a tiny random model of every causal language model type in transformers, compiled by the "
+        'backend (`strict`, `lowering="eager"`, float32, CPU, 2×17 tokens, every parameter trained) and compared with '
+        "eager: the loss to 1e-5, each gradient to 1e-3 of its norm, and the same parameters have one. "
+        f"Written by `make sweep` with {', '.join(f'{n} {v}' for n, v in versions.items())}.",
+        "",
+        f"- {len(rows)} types; eager itself runs a tiny model of {ran}.",
+        f"- **{count['equal']} equal, {count['wrong']} wrong, {count['crashed']} crashed**"
+        + (f", {count['random']} random in eager" if count["random"] else "")
+        + f"; {whole} of the equal ones in one graph.",
+        f"- Rewritten somewhere: {found}.",
+        "",
+        "A count such as 4/5 is places rewritten of places that look like the operator; a dash means that none does. "
+        "A miss keeps the model's own formula: slower, never wrong. The logits are kept here, so that no loss is "
+        "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. *Eager cannot "
+        "run*: the default configuration is incomplete, the model wants more than tokens, or the rules of "
+        "`benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
+        "",
+        "| type | result | graphs | breaks | " + " | ".join(OPERATORS) + " | missed because |",
+        "|---|---|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
+    ]
+    ranked = sorted(rows, key=lambda r: (r["status"] == "eager cannot run", r["type"]))
+    return "\n".join(lines + [_line(row) for row in ranked]) + "\n"
+
+
+def _line(row: Row) -> str:
+    reason = _cell(row.get("reason", ""), 160)
+    status = row["status"] + (", same seed" if row.get("seeded") else "")
+    result = f"{status}: {reason}" if reason else status
+    counts = [row.get("counts", {}).get(name, [0, 0]) for name in OPERATORS]
+    cells = [f"{hit}/{seen}" if seen else "–" for hit, seen in counts]
+    misses = "; ".join(_cell(m, 70) for m in row.get("misses", []))
+    graphs = [str(row.get(name, "–")) for name in ("graphs", "breaks")]
+    return f"| {' | '.join([row['type'], result, *graphs, *cells, misses])} |"
+
+
+def _cell(text: str, width: int) -> str:
+    """On one line, shortened, and without what ends a table's cell or starts HTML."""
+    text = re.sub(r"\s+", " ", text).strip()
+    text = text if len(text) <= width else text[: width - 1].rstrip() + "…"
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep and write; the exit code is 1 when a type is wrong or crashed."""
+    arguments = argparse.ArgumentParser("benchmarks.sweep", description=__doc__.split("\n")[0])
+    arguments.add_argument("--types", help="a comma-separated list (default: all)")
+    arguments.add_argument("--jobs", type=int, default=1, help="worker processes")
+    arguments.add_argument("--out", type=Path, help=f"the document (default: {OUT.name}, for a sweep of all types)")
+    arguments.add_argument("--json", type=Path, help="the rows, for a closer look")
+    args = arguments.parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    known = sweep_worker.causal_types()
+    types = args.types.split(",") if args.types else known
+    if unknown := sorted(set(types) - set(known)):
+        arguments.error(f"transformers has no causal language model type {', '.join(unknown)}")
+    rows = sweep(types, args.jobs)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if (out := args.out or (None if args.types else OUT)) is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(document(rows, sweep_worker.versions()))
+    count = Counter(row["status"] for row in rows)
+    print(", ".join(f"{count[status]} {status}" for status in STATUSES))
+    return int(bool(count["wrong"] or count["crashed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The sweep: its rules, its document, and a fixed, mixed sample of the architectures that it covers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from benchmarks import sweep, sweep_worker
+from benchmarks.shrink import HEAD_DIM, HEADS, ORDINARY_TOKENS, VOCABULARY, WIDTH, Way, shrink, ways
+
+# Norms of both kinds and places, rotary, learned, ALiBi and relative positions, fused projections, windows, soft caps,
+# sinks, mixtures of experts, latent attention, scans, linear attention, shared layers, decoders of encoder-decoders.
+SAMPLE = [
+    "bart", "bert", "bloom", "cohere2", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neo",
+    "gpt_neox", "gpt_oss", "granite", "llama", "mamba", "mistral", "mixtral", "mpt", "nemotron", "olmo2", "opt", "phi3",
+    "phimoe", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_architecture_is_equal(name: str) -> None:
+    row = sweep_worker.examine(name)
+    assert row["status"] == "equal", row["reason"]
+    assert row["graphs"] >= 1
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+
+
+def tiny(name: str, **settings) -> object:
+    return shrink(CONFIG_MAPPING[name](**settings))
+
+
+def test_a_plain_configuration() -> None:
+    config = tiny("llama", num_key_value_heads=8, attention_dropout=0.1, eos_token_id=128_001)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (WIDTH, 2, VOCABULARY)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, 2, HEAD_DIM)
+    assert config.attention_dropout == 0
+    assert ORDINARY_TOKENS.stop <= config.eos_token_id < VOCABULARY
+
+
+def test_other_names_and_ratios() -> None:
+    config = tiny("gpt2")
+    assert (config.n_embd, config.n_head, config.n_layer) == (WIDTH, HEADS, 2)
+    assert config.resid_pdrop == config.embd_pdrop == config.attn_pdrop == 0
+    state_space = tiny("mamba2")
+    assert state_space.num_heads * state_space.head_dim == state_space.expand * state_space.hidden_size
+
+
+def test_one_layer_of_each_kind_is_kept() -> None:
+    config = tiny("gemma3_text")
+    assert config.layer_types == ["sliding_attention", "full_attention"] and config.num_hidden_layers == 2
+    assert config.sliding_window < sweep_worker.LENGTH
+    twice = shrink(CONFIG_MAPPING["gemma3_text"](), Way(copies=2))
+    assert twice.layer_types == ["sliding_attention"] * 2 + ["full_attention"] * 2
+
+
+def test_experts_and_latent_attention() -> None:
+    config = tiny("deepseek_v3")
+    assert config.n_routed_experts == 4 and config.num_experts_per_tok == 2 and config.n_group == 2
+    assert config.first_k_dense_replace == 1  # of two layers
+    assert config.qk_head_dim == config.qk_nope_head_dim + config.qk_rope_head_dim
+
+
+def test_parts_are_shrunk_too_and_encoders_become_decoders() -> None:
+    config = tiny("gemma3")
+    assert config.text_config.hidden_size == config.vision_config.hidden_size == WIDTH
+    assert tiny("bert").is_decoder
+
+
+def test_settings_left_open_are_filled_only_where_that_is_asked_for() -> None:
+    original = CONFIG_MAPPING["ministral"]()
+    assert original.head_dim is None and shrink(original).head_dim is None
+    assert shrink(original, Way(fill=True)).head_dim == HEAD_DIM
+    assert [c.head_dim for c in ways(original)][:2] == [None, HEAD_DIM]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_the_given_configuration_is_not_changed(name: str) -> None:
+    config = CONFIG_MAPPING[name]()
+    before = config.to_dict()
+    shrink(config)
+    assert config.to_dict() == before
+
+
+# -- comparing --------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_named() -> None:
+    eager = (2.0, {"a": torch.ones(3), "b": torch.full((2,), 1e-12)})
+    assert not sweep_worker.compare((2.0 + 1e-6, {"a": torch.ones(3) + 1e-5, "b": torch.zeros(2)}), eager)
+    assert "loss" in sweep_worker.compare((2.1, eager[1]), eager)
+    assert "loss" in sweep_worker.compare((float("nan"), eager[1]), eager)
+    assert "gradient of b and 0 more only in eager" in sweep_worker.compare((2.0, {"a": torch.ones(3)}), eager)
+    assert "gradient of a is off" in sweep_worker.compare((2.0, eager[1] | {"a": torch.ones(3) * 1.01}), eager)
+    assert "gradient of a is off" in sweep_worker.compare((2.0, eager[1] | {"a": torch.full((3,), torch.nan)}), eager)
+
+
+# -- the document -----------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"type": "b", "status": "eager cannot run", "reason": "ValueError: no <image> | none\nat all"},
+    {"type": "a", "status": "equal", "graphs": 1, "breaks": 0, "counts": {"rms_norm": [4, 5], "glu": [0, 0]},
+     "misses": ["rms_norm: " + "far " * 40]},
+    {"type": "c", "status": "wrong", "reason": "loss", "graphs": 2, "breaks": 1, "counts": {}, "misses": [],
+     "seeded": True},
+    {"type": "d", "status": "crashed", "reason": "no answer within 60 s"},
+]  # fmt: skip
+
+
+def test_the_document() -> None:
+    text = sweep.document(ROWS, {"torch": "2.13"})
+    assert "- 4 types; eager itself runs a tiny model of 3." in text
+    assert "**1 equal, 1 wrong, 1 crashed**; 1 of the equal ones in one graph" in text
+    assert "rms_norm in 1, rope in 0" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| type", "| a", "| c", "| d", "| b"]
+    assert rows[1].startswith("| a | equal | 1 | 0 | 4/5 | – | – | – | – | rms_norm: far") and rows[1].endswith("… |")
+    assert rows[2].startswith("| c | wrong, same seed: loss | 2 | 1 | – |")
+    assert "no &lt;image> \\| none at all" in rows[4]
+
+
+def test_workers_that_die_or_take_too_long_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        started = 0
+
+        def __init__(self) -> None:
+            Worker.started += 1
+            self.served = 0
+
+        def ask(self, name: str, limit: float):
+            return None if name == "bad" else {"type": name, "status": "equal"}
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(sweep, "_Worker", Worker)
+    rows = sweep.sweep(["a", "bad", "c"], limit=1)
+    assert [r["status"] for r in rows] == ["equal", "crashed", "equal"] and Worker.started == 2
+
+
+def test_unknown_types_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["--types", "lama"])
+    assert "no causal language model type lama" in capsys.readouterr().err
