@@ -130,9 +130,9 @@ def document(rows: list[Row], versions: dict[str, str]) -> str:
         "",
         "A count such as 4/5 is places rewritten of places that look like the operator; a dash means that none does. "
         "A miss keeps the model's own formula: slower, never wrong. The logits are kept here, so that no loss is "
-        "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. *Eager cannot "
-        "run*: the default configuration is incomplete, the model wants more than tokens, or the rules of "
-        "`benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
+        "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. "
+        "*Eager cannot run*: the default configuration is incomplete, the model wants more than tokens, or the "
+        "rules of `benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
         "",
         "| type | result | graphs | breaks | " + " | ".join(OPERATORS) + " | missed because |",
         "|---|---|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
