@@ -26,6 +26,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SYSTEMS = ("ours", "inductor", "hf", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
+WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
+"""Arguments of the command line that make two rows of one system different measurements, beside its options."""
 
 
 def parse_system(name: str) -> tuple[str, dict[str, Any]]:
@@ -74,8 +76,7 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     system, options = parse_system(name)
     peer = system in PEERS
     profile = f"{path.with_suffix('')}-{re.sub(r'[:=+]', '-', name)}.txt" if args.profile else None
-    names = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
-    work = {"system": system, "options": options, **{n: getattr(args, n) for n in names}, "profile": profile}
+    work = {"system": system, "options": options, **{n: getattr(args, n) for n in WORKLOAD}, "profile": profile}
     work["turns"] = turns
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if peer and args.peer_site:
@@ -94,7 +95,7 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
             row = {"error": f"not done after {args.limit} s"}
         if "error" in row:
             row["log"] = log.read_text(errors="replace")[-3000:]
-    workload = {n: work[n] for n in names} | {"options": options}
+    workload = {n: work[n] for n in WORKLOAD} | {"options": options}
     command_line = f"python -m benchmarks.step {shlex.join(sys.argv[1:])}"
     today = datetime.date.today().isoformat()
     return {"system": system, "workload": workload, **row, "command": command_line, "date": today}
@@ -153,8 +154,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _is_there(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> bool:
     system, options = parse_system(name)
-    fields = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
-    wanted = key({"system": system, "workload": {n: getattr(args, n) for n in fields} | {"options": options}})
+    wanted = key({"system": system, "workload": {n: getattr(args, n) for n in WORKLOAD} | {"options": options}})
     return any(key(r) == wanted and "error" not in r for r in rows)
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .operator import dtype_is, operator
+from .operator import operator
+from .reasons import dtype_is
 
 aten = torch.ops.aten
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from .operator import dtype_is, operator
+from .operator import operator
+from .reasons import dtype_is
 
 BYTES_PER_THREAD = 32
 """Two 128-bit accesses per tensor and thread: enough loads in flight to fill the memory pipeline of an H100."""

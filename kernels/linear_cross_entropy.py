@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .cross_entropy_triton import BLOCK, WARPS, cross_entropy_kernel
-from .operator import dtype_is, operator
+from .operator import operator
+from .reasons import dtype_is
 
 CHUNK_BYTES = 256 << 20
 """Of logits at a time: 1024 rows of 128256 in bf16, enough for a matrix product to run at full speed."""

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .low_rank_product import low_rank_product
-from .operator import dtype_is, operator
+from .operator import operator
+from .reasons import dtype_is
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 

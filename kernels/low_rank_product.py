@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .operator import dtype_is, next_power_of_two
+from .operator import next_power_of_two
+from .reasons import dtype_is
 
 AUTOTUNE = False
 """Whether each new shape times all of TILINGS once, in place of choosing by their ``rate``.

@@ -379,28 +379,6 @@ def _nbytes(values: Any) -> Any:
     return 0
 
 
-# -- reasons that `supports` functions share ------------------------------------------------------------------------
-
-
-def dtype_is(x: Tensor, *allowed: torch.dtype) -> str | None:
-    """None when x has one of the dtypes, else the reason."""
-    if x.dtype in allowed:
-        return None
-    return f"dtype {_short(x.dtype)} is not one of {', '.join(_short(d) for d in allowed)}"
-
-
-def too_wide(x: Tensor, limit: int) -> str | None:
-    """None when the last dimension is a known size of at most ``limit``, else the reason."""
-    width = x.shape[-1]
-    if not isinstance(width, int):
-        return "the last dimension is symbolic"
-    return None if width <= limit else f"the last dimension is {width}, the kernel holds at most {limit}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def next_power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, math.ceil(math.log2(max(n, 1))))

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .operator import dtype_is, next_power_of_two, operator, too_wide
+from .operator import next_power_of_two, operator
+from .reasons import dtype_is, too_wide
 
 MAX_HIDDEN = 65536
 """One row at 32 warps is then 64 float32 values a thread: the last width at which registers hold most of it."""

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .operator import dtype_is, next_power_of_two, operator
+from .operator import next_power_of_two, operator
+from .reasons import dtype_is
 
 MAX_WIDTH = 512
 
