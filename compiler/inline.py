@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ..kernels.operator import OPERATORS, Operator
 from ..passes.fakes import fake_execution
 from .identity import source_digest
+from .splice import splice
 
 
 class InlineReferences(CustomGraphPass):
@@ -63,7 +64,7 @@ def _inline(graph: fx.Graph, node: fx.Node, formula: Any, values: tuple[Any, ...
     with fake_execution(values), torch.no_grad():
         body = make_fx(call, decomposition_table=select_decomp_table())(*(values[i] for i in positions))
     with graph.inserting_before(node):
-        outputs = _splice(graph, body, [node.args[i] for i in positions])
+        outputs = splice(graph, body, [node.args[i] for i in positions])
     if isinstance(outputs, (tuple, list)):
         for user in list(node.users):  # an operator with several outputs is only ever read through getitem
             index = user.args[1]
@@ -73,16 +74,3 @@ def _inline(graph: fx.Graph, node: fx.Node, formula: Any, values: tuple[Any, ...
     else:
         node.replace_all_uses_with(outputs)
     graph.erase_node(node)
-
-
-def _splice(graph: fx.Graph, body: fx.GraphModule, arguments: list[Any]) -> Any:
-    remaining = iter(arguments)
-    copies: dict[fx.Node, Any] = {}
-    for inner in body.graph.nodes:
-        if inner.op == "placeholder":
-            copies[inner] = next(remaining)
-        elif inner.op == "output":
-            return pytree.tree_map_only(fx.Node, copies.__getitem__, inner.args[0])
-        else:
-            copies[inner] = graph.node_copy(inner, copies.__getitem__)
-    raise AssertionError("a graph without an output")

@@ -8,16 +8,14 @@ there, and its operators, all of which have derivatives, take its place.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 from torch._functorch import predispatch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
-from torch.utils import _pytree as pytree
 
 from ..passes.runner import copy_graph
+from .splice import splice
 
 _ENTER, _LEAVE = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
 
@@ -72,25 +70,13 @@ def _write_out(gm: fx.GraphModule, stretch: list[fx.Node]) -> None:
     # The new graph is differentiated by whoever runs it: what autograd would do on this level is no part of it.
     with preserve_node_meta(), torch.no_grad():
         traced = make_fx(fx.Interpreter(fx.GraphModule(gm, body)).run, tracing_mode="real")(*fakes)
+    for node in traced.graph.nodes:  # as Dynamo calls it
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta["val"]
     with gm.graph.inserting_before(stretch[0]):
-        results = _splice(gm.graph, traced, inputs)
+        results = splice(gm.graph, traced, inputs)
     for old, new in zip(outputs, results, strict=True):
         new.meta["example_value"] = old.meta["example_value"]
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in inside)
     for node in reversed(stretch):
         gm.graph.erase_node(node)
-
-
-def _splice(graph: fx.Graph, body: fx.GraphModule, inputs: list[fx.Node]) -> Any:
-    remaining = iter(inputs)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = next(remaining)
-        elif node.op == "output":
-            return pytree.tree_map_only(fx.Node, copies.__getitem__, node.args[0])
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if "val" in node.meta:
-                copies[node].meta["example_value"] = node.meta["val"]
-    raise AssertionError("a graph without an output")
