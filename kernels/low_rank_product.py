@@ -1,12 +1,13 @@
-"""A matrix product with a low-rank update in its accumulator: y = a b + p q + bias, rounded once.
+"""Matrix products and a low-rank update in one accumulator: y = a b [+ a₂ b₂ + a₃ b₃] + p q + bias, rounded once.
 
 a: [M, K]; b: [K, N]; p: [M, rank]; q: [rank, N]; bias: [N] or None; all bfloat16 or all float16; y: [M, N]. This is a
 LoRA layer (Hu et al. 2021, arXiv:2106.09685) with the scale folded into p: forward a = x, b = Wᵀ, p = scale · x Aᵀ,
-q = Bᵀ; the gradient of x has a = dy, b = W, p = scale · dy B, q = A. A library's product rounds a b before it adds what
-another product made, and so loses updates below half a unit in the last place, as eager PEFT does.
+q = Bᵀ; the gradient of x has a = dy, b = W, p = scale · dy B, q = A. Where layers share x, as queries, keys and values
+do, its gradient is a sum over them, and their products share the accumulator too. A library's product rounds a b before
+it adds what another product made, and so loses updates below half a unit in the last place, as eager PEFT does.
 
 The update needs no product of its own, because a b + p q = [a p] [b; q]: the loop over K runs on into p and q. The two
-concatenations are never made, a step only picks which matrices it reads from. On Hopper a step is a pair of copies by
+concatenations are never made, a step only picks which matrices it reads from (a₂ and b₂ likewise). On Hopper a step is a pair of copies by
 the tensor memory accelerator, which fills with zeros what lies outside a matrix, so rank, K, M and N need fit no tile,
 and the choice is one select of a descriptor's address.
 
@@ -21,7 +22,7 @@ Elsewhere, and for matrices that the accelerator cannot address, pointers do the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,15 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .operator import next_power_of_two
 from .reasons import dtype_is
-
-AUTOTUNE = False
-"""Whether each new shape times all of TILINGS once, in place of choosing by their ``rate``.
-
-All tilings add in the same order, so the choice changes no bit of the result. Timing compiles all of them, half a
-second each, for both orders of b.
-"""
 
 BLOCK_K = 64
 """128 bytes, the widest row that the accelerator swizzles: four tensor-core instructions deep."""
@@ -62,8 +55,8 @@ class Tiling(NamedTuple):
     resident: int
     """Programs that a multiprocessor holds at a time."""
     rate: float
-    """Speed relative to the best where the tiles fill the device evenly; an estimate from the instructions' operand
-    traffic, for use without AUTOTUNE."""
+    """Speed relative to the best where the tiles fill the device evenly, estimated from the instructions' operand
+    traffic. All tilings add in the same order, so the choice changes no bit of the result."""
 
 
 # Two warpgroups share 128 x 256, the largest instruction (m64n256k16) twice: 128 accumulators a thread, 160 registers.
@@ -114,10 +107,14 @@ def _plus_bias(product, bias, column, N, BN: tl.constexpr):
     return product
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "rank"])
+@triton.jit(do_not_specialize=["M", "N", "K", "K2", "K3", "rank"])
 def _descriptor_kernel(
     a,
     b,
+    a2,
+    b2,
+    a3,
+    b3,
     p,
     q,
     y,
@@ -125,6 +122,8 @@ def _descriptor_kernel(
     M,
     N,
     K,
+    K2,
+    K3,
     rank,
     TRANSPOSED: tl.constexpr,  # b and q lie in memory as [N, K] and [N, rank]
     BM: tl.constexpr,
@@ -135,17 +134,25 @@ def _descriptor_kernel(
     FLATTEN: tl.constexpr,
 ):
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    steps, all_steps = tl.cdiv(K, BK), tl.cdiv(K, BK) + tl.cdiv(rank, BK)
+    end = tl.cdiv(K, BK)  # of the steps through a and b
+    end2 = end + tl.cdiv(K2, BK)
+    end3 = end2 + tl.cdiv(K3, BK)
+    all_steps = end3 + tl.cdiv(rank, BK)
     tl.assume(all_steps > 0)  # or flattening keeps a second kernel for the case of no steps
     first, tiles, programs = tl.program_id(0), rows * columns, tl.num_programs(0)
     for index in tl.range(first, tiles, programs, flatten=FLATTEN):  # pyright: ignore
         row, column = _tile(index, rows, columns, GROUP)
         product = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(all_steps):
-            if step < steps:
+            left, right, k = p, q, (step - end3) * BK
+            if a3 is not None:
+                if step < end3:
+                    left, right, k = a3, b3, (step - end2) * BK
+            if a2 is not None:
+                if step < end2:
+                    left, right, k = a2, b2, (step - end) * BK
+            if step < end:
                 left, right, k = a, b, step * BK
-            else:
-                left, right, k = p, q, (step - steps) * BK
             x = left.load([row * BM, k])
             w = right.load([column * BN, k]).T if TRANSPOSED else right.load([k, column * BN])
             product = _multiply_add(x, w, product)
@@ -163,6 +170,10 @@ def _descriptor_kernel(
 def _pointer_kernel(
     a,
     b,
+    a2,
+    b2,
+    a3,
+    b3,
     p,
     q,
     y,
@@ -170,9 +181,15 @@ def _pointer_kernel(
     M,
     N,
     K,
+    K2,
+    K3,
     rank,
     a_pitch,
     b_pitch,
+    a2_pitch,
+    b2_pitch,
+    a3_pitch,
+    b3_pitch,
     p_pitch,
     q_pitch,
     TRANSPOSED: tl.constexpr,
@@ -186,13 +203,21 @@ def _pointer_kernel(
     row, column = (row * BM).to(tl.int64), (column * BN).to(tl.int64)
     m, n, lane = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     in_rows, in_columns = (row + m < M)[:, None], (column + n < N)[None, :]
-    steps, all_steps = tl.cdiv(K, BK), tl.cdiv(K, BK) + tl.cdiv(rank, BK)
+    end = tl.cdiv(K, BK)
+    end2 = end + tl.cdiv(K2, BK)
+    end3 = end2 + tl.cdiv(K3, BK)
+    all_steps = end3 + tl.cdiv(rank, BK)
     product = tl.zeros((BM, BN), dtype=tl.float32)
     for step in range(all_steps):
-        if step < steps:
+        left, right, left_pitch, right_pitch, k, depth = p, q, p_pitch, q_pitch, (step - end3) * BK, rank
+        if a3 is not None:
+            if step < end3:
+                left, right, left_pitch, right_pitch, k, depth = a3, b3, a3_pitch, b3_pitch, (step - end2) * BK, K3
+        if a2 is not None:
+            if step < end2:
+                left, right, left_pitch, right_pitch, k, depth = a2, b2, a2_pitch, b2_pitch, (step - end) * BK, K2
+        if step < end:
             left, right, left_pitch, right_pitch, k, depth = a, b, a_pitch, b_pitch, step * BK, K
-        else:
-            left, right, left_pitch, right_pitch, k, depth = p, q, p_pitch, q_pitch, (step - steps) * BK, rank
         inside = k + lane < depth
         left += row * left_pitch + k
         x = tl.load(left + m[:, None] * left_pitch + lane[None, :], mask=in_rows & inside[None, :], other=0.0)
@@ -211,35 +236,53 @@ def _pointer_kernel(
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-class Operands(NamedTuple):
-    """The matrices as they lie in memory, rows of neighbours; b and q are [N, K] and [N, rank] where transposed."""
+Pair = tuple[Tensor, Tensor]
+MOST_PAIRS = 3
 
-    a: Tensor
-    b: Tensor
+
+class Operands(NamedTuple):
+    """The matrices as they lie in memory, rows of neighbours; b, b₂, b₃ and q are their transposes where transposed."""
+
+    pairs: tuple[Pair, ...]
+    """a and b, a₂ and b₂, a₃ and b₃; at most MOST_PAIRS."""
     p: Tensor
     q: Tensor
     bias: Tensor | None
     transposed: bool
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """M, N, K and rank."""
-        return self.a.shape[0], self.b.shape[0 if self.transposed else 1], self.a.shape[1], self.p.shape[1]
+    def sizes(self) -> tuple[int, int, tuple[int, ...], int]:
+        """M, N, each pair's K, and rank."""
+        (a, b), *_ = self.pairs
+        return a.shape[0], b.shape[0 if self.transposed else 1], tuple(a.shape[1] for a, _ in self.pairs), self.p.shape[1]
 
     def product(self) -> Tensor:
         M, N, _, _ = self.sizes()
-        return torch.empty(M, N, dtype=self.a.dtype, device=self.a.device)
+        return self.p.new_empty(M, N)
+
+    def matrices(self) -> list[Tensor | None]:
+        """a, b, a₂, b₂, a₃, b₃, p, q; None for a pair that is not there."""
+        absent = [None, None] * (MOST_PAIRS - len(self.pairs))
+        return [*(x for pair in self.pairs for x in pair), *absent, self.p, self.q]
+
+    def numbers(self) -> list[int]:
+        """M, N, K, K₂, K₃, rank; 0 for a pair that is not there."""
+        M, N, depths, rank = self.sizes()
+        return [M, N, *depths, *[0] * (MOST_PAIRS - len(depths)), rank]
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)  # triton.cdiv takes microseconds
 
 
-def _operands(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None) -> Operands:
+def _operands(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, also: Sequence[Pair] = ()) -> Operands:
     transposed = b.stride(0) == 1 and b.stride(1) != 1
+    right = [b, *(b for _, b in also), q]
     if transposed:
-        b, q = b.t(), q.t()
+        right = [x.t() for x in right]
+    left = [a, *(a for a, _ in also)]
+    pairs = tuple((_rows(x), _rows(w)) for x, w in zip(left, right, strict=False))
     # Only p and q are worth a copy to make them addressable: they are small, and all ranks then run one kernel.
-    return Operands(_rows(a), _rows(b), _aligned_rows(p), _aligned_rows(q), bias, transposed)
+    return Operands(pairs, _aligned_rows(p), _aligned_rows(right[-1]), bias, transposed)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -259,19 +302,21 @@ def _aligned_rows(x: Tensor) -> Tensor:
 
 def _with_descriptors(operands: Operands, tiling: Tiling) -> Tensor:
     """The product by the tensor memory accelerator. M, N, K and rank are not zero."""
-    a, b, p, q, bias, transposed = operands
-    y, sizes = operands.product(), operands.sizes()
+    y, numbers = operands.product(), operands.numbers()
     bm, bn = tiling.rows, tiling.columns
-    right = [bn, BLOCK_K] if transposed else [BLOCK_K, bn]
-    blocks = ([bm, BLOCK_K], right, [bm, BLOCK_K], right, [bm, bn // 2 if tiling.halves else bn])
-    descriptors = [TensorDescriptor.from_tensor(x, block) for x, block in zip((a, b, p, q, y), blocks, strict=True)]
-    tiles = _ceil(sizes[0], bm) * _ceil(sizes[1], bn)
-    launch: Any = _descriptor_kernel[(min(tiles, tiling.resident * _multiprocessors(a.device)),)]
+    blocks = [bm, BLOCK_K], [bn, BLOCK_K] if operands.transposed else [BLOCK_K, bn]
+    descriptors = [
+        None if x is None else TensorDescriptor.from_tensor(x, blocks[i % 2])
+        for i, x in enumerate(operands.matrices())
+    ]
+    tiles = _ceil(numbers[0], bm) * _ceil(numbers[1], bn)
+    launch: Any = _descriptor_kernel[(min(tiles, tiling.resident * _multiprocessors(y.device)),)]
     launch(
         *descriptors,
-        bias,
-        *sizes,
-        TRANSPOSED=transposed,
+        TensorDescriptor.from_tensor(y, [bm, bn // 2 if tiling.halves else bn]),
+        operands.bias,
+        *numbers,
+        TRANSPOSED=operands.transposed,
         BM=bm,
         BN=bn,
         BK=BLOCK_K,
@@ -286,12 +331,12 @@ def _with_descriptors(operands: Operands, tiling: Tiling) -> Tensor:
 
 def _with_pointers(operands: Operands) -> Tensor:
     """The product on any device. M, N, K and rank are not zero."""
-    a, b, p, q, bias, transposed = operands
-    y, sizes = operands.product(), operands.sizes()
-    tiles = _ceil(sizes[0], POINTER_TILE["BM"]) * _ceil(sizes[1], POINTER_TILE["BN"])
-    pitches = (x.stride(0) for x in (a, b, p, q))
+    y, numbers, matrices = operands.product(), operands.numbers(), operands.matrices()
+    tiles = _ceil(numbers[0], POINTER_TILE["BM"]) * _ceil(numbers[1], POINTER_TILE["BN"])
+    pitches = (0 if x is None else x.stride(0) for x in matrices)
     launch: Any = _pointer_kernel[(tiles,)]
-    launch(a, b, p, q, y, bias, *sizes, *pitches, TRANSPOSED=transposed, GROUP=GROUP, **POINTER_TILE)
+    bias, transposed = operands.bias, operands.transposed
+    launch(*matrices, y, bias, *numbers, *pitches, TRANSPOSED=transposed, GROUP=GROUP, **POINTER_TILE)
     return y
 
 
@@ -310,21 +355,6 @@ def _is_hopper(device: torch.device) -> bool:
 
 # -- choice of a tiling ------------------------------------------------------------------------------------------------
 
-_FASTEST: dict[tuple[Any, ...], Tiling] = {}
-
-
-def _tiling(operands: Operands) -> Tiling:
-    M, N, K, rank = operands.sizes()
-    device = operands.a.device
-    if not AUTOTUNE or torch.cuda.is_current_stream_capturing():
-        return _estimated(M, N, _multiprocessors(device))
-    # A batch of another length is another M: twice as many choices cost more time than a better one would save.
-    key = (next_power_of_two(M), N, K, _ceil(rank, BLOCK_K), operands.transposed, operands.a.dtype, device)
-    if key not in _FASTEST:
-        _FASTEST[key] = min(TILINGS, key=lambda tiling: _seconds(lambda: _with_descriptors(operands, tiling)))
-    return _FASTEST[key]
-
-
 @functools.cache
 def _estimated(M: int, N: int, multiprocessors: int) -> Tiling:
     """The tiling whose busiest multiprocessor is done first; of equals the first."""
@@ -336,40 +366,40 @@ def _estimated(M: int, N: int, multiprocessors: int) -> Tiling:
     return min(TILINGS, key=cost)
 
 
-def _seconds(run: Callable[[], Any], launches: int = 8) -> float:
-    """Of one launch on the device, in the best of three series: interruptions only ever add."""
-    run()  # compiles
-    series = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(launches):
-            run()
-        end.record()
-        end.synchronize()
-        series.append(start.elapsed_time(end) / 1e3 / launches)
-    return min(series)
-
-
 # -- the product -------------------------------------------------------------------------------------------------------
 
 
-def unsupported(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None = None) -> str | None:
+def unsupported(
+    a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None = None, also: Sequence[Pair] = ()
+) -> str | None:
     """None when ``low_rank_product`` takes these arguments, else the reason."""
     if reason := dtype_is(a, torch.bfloat16, torch.float16):
         return reason
-    for name, x in (("b", b), ("p", p), ("q", q), ("the bias", bias)):
+    if len(also) >= MOST_PAIRS:
+        return f"{1 + len(also)} products at once, at most {MOST_PAIRS} are"
+    (M, K), N, rank = a.shape, b.shape[1], p.shape[1]
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "b": (b, (K, N)),
+        "p": (p, (M, rank)),
+        "q": (q, (rank, N)),
+        "the bias": (bias, (N,)),
+    }
+    for i, (a_, b_) in enumerate(also, 2):
+        expected |= {f"a{i}": (a_, (M, a_.shape[1])), f"b{i}": (b_, (a_.shape[1], N))}
+    for name, (x, _) in expected.items():
         if x is not None and (x.dtype != a.dtype or x.device != a.device):
             return f"{name} is {x.dtype} on {x.device} and a is {a.dtype} on {a.device}"
-    (M, K), N, rank = a.shape, b.shape[1], p.shape[1]
-    expected = {"b": (b, (K, N)), "p": (p, (M, rank)), "q": (q, (rank, N)), "the bias": (bias, (N,))}
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             return f"{name} is {tuple(x.shape)} where {shape} is expected"
-    return "K and the rank must not be zero" if K == 0 or rank == 0 else None
+    if rank == 0 or any(a_.shape[1] == 0 for a_ in (a, *(a_ for a_, _ in also))):
+        return "K and the rank must not be zero"
+    return None
 
 
-def low_rank_product(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None = None) -> Tensor:
+def low_rank_product(
+    a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None = None, also: Sequence[Pair] = ()
+) -> Tensor:
     """a b + p q + bias with one float32 accumulator and one rounding; a fresh, contiguous tensor. No autograd.
 
     Args:
@@ -378,21 +408,21 @@ def low_rank_product(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | 
         p: [M, rank], with any scale folded in.
         q: [rank, N]. Best in the order of b; p and q are copied where their rows do not start at multiples of 16 bytes.
         bias: [N] or None.
+        also: up to two more pairs, [M, Kᵢ] and [Kᵢ, N], whose products are added. Best in the order of b.
 
     Raises:
         ValueError: for other dtypes, and where shapes do not fit (``unsupported`` says so beforehand).
     """
-    if reason := unsupported(a, b, p, q, bias):
+    if reason := unsupported(a, b, p, q, bias, also):
         raise ValueError(f"low_rank_product: {reason}")
-    operands = _operands(a, b, p, q, bias)
+    operands = _operands(a, b, p, q, bias, also)
     M, N, _, _ = operands.sizes()
     if M == 0 or N == 0:
         return operands.product()
     if (
         _is_hopper(a.device)
-        and _addressable(operands.a)
-        and _addressable(operands.b)
+        and all(_addressable(x) for pair in operands.pairs for x in pair)
         and N * a.element_size() % 16 == 0
     ):
-        return _with_descriptors(operands, _tiling(operands))
+        return _with_descriptors(operands, _estimated(M, N, _multiprocessors(a.device)))
     return _with_pointers(operands)

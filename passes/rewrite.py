@@ -116,8 +116,7 @@ def apply(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> di
     """
     if reason := _unsound(match, region):
         return Refused(reason)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    if (place := _place(match, order)) is None:
+    if (place := _place(graph, match, region)) is None:
         return Refused("an output is used before every argument of the operator exists")
     new = Call(match.operator, _under_autocast(match))
     with torch.no_grad():
@@ -190,8 +189,39 @@ def _inner(outputs: list[fx.Node], match: Match) -> set[fx.Node]:
     return found
 
 
-def _place(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
-    """The node before which the operator goes: after all its arguments, before the first use of any output."""
+def _place(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> fx.Node | None:
+    """The node before which the operator goes: after all its arguments, before the first use of any output.
+
+    Arguments that come later, such as a weight that is dequantised where it is used, are moved up where they can be.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    if (place := _between(match, order)) is None and (late := _late(match, order, region)):
+        first = min(_graded(match), key=order.__getitem__)
+        for node in late:
+            first.prepend(node)
+        place = _between(match, {node: i for i, node in enumerate(graph.nodes)})
+    return place
+
+
+def _late(match: Match, order: dict[fx.Node, int], region: Mapping[fx.Node, Region]) -> list[fx.Node]:
+    """What has to move before the first output for the arguments to exist there, in order; nothing if that is unsound."""
+    if not (graded := _graded(match)):
+        return []
+    first = min(graded, key=order.__getitem__)
+    late, todo = set[fx.Node](), list(_nodes(match.args))
+    while todo:
+        node = todo.pop()
+        if order[node] < order[first] or node in late:
+            continue
+        pure = node.op == "call_function" and not is_random(node) and not _is_boundary(node)
+        if node in match.interior or region[node] != region[first] or not pure:
+            return []
+        late.add(node)
+        todo += node.all_input_nodes
+    return sorted(late, key=order.__getitem__)
+
+
+def _between(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
     last = max((order[node] for node in _nodes(match.args)), default=-1)
     outside = [order[u] for node in match.outputs for u in node.users if u not in match.interior]
     candidates = [node for node in _graded(match) if order[node] > last]  # in the grad mode of what has a gradient

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ..fuse import FUSIONS
 from ..rewrite import Recogniser
 from . import attention, cross_entropy, glu, lora_linear, nf4, rms_norm, rope
 
 
 def recognisers(*, right_padded: bool = False) -> tuple[Recogniser, ...]:
-    """All recognisers, in this order: a formula that contains another comes first."""
+    """All recognisers, in this order: a formula that contains another comes first. Then what fuses their finds."""
     return (
         nf4.RECOGNISER,
         cross_entropy.RECOGNISER,
@@ -16,6 +17,7 @@ def recognisers(*, right_padded: bool = False) -> tuple[Recogniser, ...]:
         rope.RECOGNISER,
         glu.RECOGNISER,
         attention.Attention(right_padded=right_padded),
+        *FUSIONS,
     )
 
 
