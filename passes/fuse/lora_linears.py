@@ -1,7 +1,8 @@
 """Adapted linear layers that read one input: queries, keys and values, or a gate and its up-projection.
 
 They need nothing of each other, so as one operator they compute the same (kernels/lora_linears.py). Their results are
-used at several places of the graph; the operator stands where the first of them was.
+used at several places of the graph; the operator stands where the first of them was. Layers that lead to different
+results of the graph (a cache of keys is one) stay apart: autograd would find a way from each result to all of them.
 """
 
 from __future__ import annotations
@@ -26,17 +27,31 @@ class LoraLinears:
     name = "lora_linears"
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
-        sharing: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
+        sharing: dict[tuple[fx.Node, torch.dtype, int], list[fx.Node]] = {}
+        leads_to = _results(graph)
         for node in graph.nodes:
             if node.target is lora_linear.overload and node.args[1] is None and not _xa_is_used(node):
                 x = node.args[0]
-                sharing.setdefault((_origin(x), value(x).dtype), []).append(node)
+                sharing.setdefault((_origin(x), value(x).dtype, leads_to[node]), []).append(node)
         for sites in sharing.values():
             while len(sites) > 1:
                 # Four layers are two and two, not three and one.
                 count = min(len(sites), MOST) if len(sites) != MOST + 1 else 2
                 yield _match(sites[:count])
                 sites = sites[count:]
+
+
+def _results(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For every node the set of the graph's results that are computed from it, as bits."""
+    found: dict[fx.Node, int] = dict.fromkeys(graph.nodes, 0)
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    for i, result in enumerate(output.all_input_nodes):
+        found[result] |= 1 << i
+    for node in reversed(graph.nodes):
+        for read in node.all_input_nodes:
+            if node is not output:
+                found[read] |= found[node]
+    return found
 
 
 def _origin(x: object) -> fx.Node:
