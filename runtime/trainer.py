@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +26,8 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
+from .pace import Pace
+from .sturdy import Sturdy
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def causal_lm_step(
     return StepOutput(loss, torch.where(trained, entropy, 0.0).sum(), correct.sum(), tokens)
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(Sturdy, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
@@ -126,6 +126,7 @@ class SFTTrainer(trl.SFTTrainer):
         for name in _CHECKPOINTING:
             if hasattr(args, name):
                 setattr(args, name, False)
+        args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
         super().__init__(model=model, args=args, **others)
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
@@ -226,71 +227,6 @@ def _is_checkpointing(model: PreTrainedModel) -> bool:
     return model.is_gradient_checkpointing if newer is None else newer
 
 
-class Pace:
-    """Measures tokens per second between logs, the first step (compilation) and evaluations left out.
-
-    Attributes:
-        first_step_seconds: wall time of the first step, None before it.
-    """
-
-    def __init__(self) -> None:
-        self.first_step_seconds: float | None = None
-        self._started: float | None = None  # of the running stretch; None before the first step and while paused
-        self._created = time.perf_counter()
-        self._seconds = self._lap_seconds = 0.0
-        self._tokens: Any = 0
-        self._lap_tokens: Any = 0
-
-    def add(self, tokens: Tensor | int) -> None:
-        if self.first_step_seconds is not None:
-            self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
-
-    def start(self) -> None:
-        """Training begins."""
-        self._created = time.perf_counter()
-
-    def after_step(self) -> None:
-        if self.first_step_seconds is None:
-            _wait_for_device()
-            self.first_step_seconds = time.perf_counter() - self._created
-            self._started = time.perf_counter()
-
-    def lap(self) -> float | None:
-        """Real (not padding) tokens per second since the last lap; None before the second step."""
-        self._stop()
-        rate = float(self._lap_tokens) / self._lap_seconds if self._lap_seconds and float(self._lap_tokens) else None
-        self._lap_tokens, self._lap_seconds = 0, 0.0
-        return rate
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Over the whole run; None before the second step."""
-        self._stop()
-        return float(self._tokens) / self._seconds if self._seconds and float(self._tokens) else None
-
-    def _stop(self) -> None:
-        """Close the running stretch and begin the next."""
-        if self._started is not None:
-            _wait_for_device()
-            now = time.perf_counter()
-            self._seconds, self._lap_seconds = (
-                self._seconds + now - self._started,
-                self._lap_seconds + now - self._started,
-            )
-            self._started = now
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
-        self._stop()
-        was_running, self._started = self._started is not None, None
-        try:
-            yield
-        finally:
-            if was_running:
-                self._started = time.perf_counter()
-
-
 class WithoutIdleMask:
     """A collator whose batches have no attention mask where nothing is masked: attention is then known to be causal.
 
@@ -317,8 +253,3 @@ def _one_length(dataset: Any) -> bool:
     lengths = compute.list_value_length(dataset.data.column("input_ids"))
     others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
     return others <= max(1, SHORT_ROWS * len(dataset))
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
