@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
 from .pace import Pace
+from .smaller import SmallerBatches
 from .sturdy import Sturdy
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         super().__init__(model=model, args=args, **others)
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
+        self._smaller = SmallerBatches()
+        self._done, self._share = 0, 1.0  # micro-batches of this step, and how much of one its running part is
+        self._seen: list[tuple[StepOutput, Any]] = []  # parts of a micro-batch, with their real (not padding) tokens
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
@@ -161,13 +165,15 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         if not self._plain_loss or return_outputs or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        rest: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
+        rest["use_cache"] = False
         divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
         weight = 0.0
         if self.aux_loss_enabled:
             rest["output_router_logits"] = True
             steps = 1 if divisor is None else self.current_gradient_accumulation_steps
-            weight = self.router_aux_loss_coef / steps  # it is a mean per micro-batch, and has no other divisor
+            # It is a mean per micro-batch, or part of one, and has no other divisor.
+            weight = self.router_aux_loss_coef * self._share / steps
         if self._lengths_vary:
             for value in (*rest.values(), labels):
                 if isinstance(value, Tensor) and value.dim() == 2:
@@ -177,25 +183,54 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
-        self._record(step, rest)
+        mask = rest.get("attention_mask")
+        self._seen.append((step, mask.sum() if mask is not None else rest["input_ids"].numel()))
+        if not self.model.training:
+            self._record()
         return loss
 
-    def _record(self, step: StepOutput, inputs: Mapping[str, Any]) -> None:
+    def _record(self) -> None:
         """Note the metrics as tensors: reading them here would make every step wait for the device."""
+        if not self._seen:
+            return
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["entropy"].append(step.entropy / step.tokens.clamp(min=1))
-        self._metrics[mode]["mean_token_accuracy"].append(step.correct / step.tokens.clamp(min=1))
+        steps = [step for step, _ in self._seen]
+        entropy, correct, trained = (torch.stack([step[i] for step in steps]).sum() for i in (1, 2, 3))
+        self._metrics[mode]["entropy"].append(entropy / trained.clamp(min=1))
+        self._metrics[mode]["mean_token_accuracy"].append(correct / trained.clamp(min=1))
         if mode == "train":
-            mask = inputs.get("attention_mask")
-            tokens = mask.sum() if mask is not None else inputs["input_ids"].numel()
+            tokens = sum(tokens for _, tokens in self._seen)
             self.pace.add(tokens)
             self._total_train_tokens = self._total_train_tokens + tokens
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._seen.clear()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = super().training_step
+        if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
+
+            def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
+                self._share = share
+                return step(model, part, items)
+
+            loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again)
+        else:
+            loss = step(model, inputs, num_items_in_batch)
+        self._done += 1
+        self._record()
         self.pace.after_step()
         return loss
+
+    def _start_again(self) -> Iterator[dict[str, Any]]:
+        """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
+        self.model.zero_grad()
+        self._seen.clear()
+        yield from self._batch[: self._done]
+        self._seen.clear()  # they are in the metrics already
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._done = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.pace.paused():
