@@ -1,6 +1,7 @@
 """The command line: ``unsloth train``, ``explain``, ``verify``, ``env``. It prints what the functions return.
 
-Exit codes: 0 done; 1 the answer is no (``verify``), or the work failed; 2 the question was wrong; 130 interrupted.
+Exit codes: 0 done; 1 the answer is no (``verify``), or the work failed; 2 the question was wrong; 130 interrupted; 143
+terminated.
 """
 
 from __future__ import annotations
@@ -171,6 +172,11 @@ def main() -> None:
         # Ours say what was wrong with the question; where they were raised helps nobody.
         Console(stderr=True).print(f"unsloth: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(BAD_INPUT)
+    except (RuntimeError, OSError) as error:
+        if not isinstance(error, _failure()):
+            raise
+        Console(stderr=True).print(f"unsloth: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(FAILED)
     except KeyboardInterrupt:  # while importing; while a command runs typer turns it into the same code
         sys.exit(INTERRUPTED)
 
@@ -181,11 +187,24 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     from ..compiler.run import BatchError
     from ..models.load import ModelError
 
-    known: list[type[ValueError]] = [BatchError, ModelError, OptionError]
-    for module, name in (("config", "ConfigError"), ("data", "DataError"), ("train", "OutputError")):
-        if (loaded := sys.modules.get(f"{__package__}.{module}")) is not None:  # else nobody can have raised it
-            known.append(getattr(loaded, name))
-    return tuple(known)
+    ours = (
+        ("config", "ConfigError"),
+        ("data", "DataError"),
+        ("train", "OutputError"),
+        ("checkpoints", "CheckpointError"),
+    )
+    return (BatchError, ModelError, OptionError, *_loaded(*ours))
+
+
+def _failure() -> tuple[type[Exception], ...]:
+    """The errors that say why the work failed, and are no bug."""
+    return _loaded(("finite", "TrainingError"), ("train", "SavingError"))
+
+
+def _loaded(*errors: tuple[str, str]) -> tuple[type[Any], ...]:
+    """Those (module, name) whose module is imported; nobody can have raised the others."""
+    modules = [(sys.modules.get(f"{__package__}.{module}"), name) for module, name in errors]
+    return tuple(getattr(module, name) for module, name in modules if module is not None)
 
 
 def _settings() -> str:

@@ -39,7 +39,9 @@ class TrainConfig(BaseModel):
         "auto", description="Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."
     )
     load_in_4bit: bool = Field(False, description="QLoRA: hold the frozen weights in NF4 (bitsandbytes).")
-    trust_remote_code: bool = Field(False, description="Run Python code that the checkpoint brings along.")
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the checkpoint brings along; as a flag only, never in a file."
+    )
 
     use_peft: bool = Field(True, description="Train LoRA adapters; false trains every parameter.")
     lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
@@ -126,6 +128,14 @@ def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
         ConfigError: naming file and line (or the flag) of everything that is wrong, with the closest valid name.
     """
     given, lines = _read_yaml(path) if path is not None else ({}, {})
+    foreign = [
+        f"{path}:{lines[name]}: trust_remote_code is switched on by the flag --trust-remote-code alone: a file may "
+        "come from somebody else"
+        for name, value in given.items()
+        if _trusts({name: value})
+    ]
+    if foreign:
+        raise ConfigError("\n".join(foreign))
     given = {**given, **(overrides or {})}
 
     def where(name: str) -> str:
@@ -201,6 +211,13 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise ConfigError(f"{path}:{line}: {name!r} was already given in line {lines[name]}")
         lines[name] = line
     return {str(k): v if k in TEMPLATES else _number(v) for k, v in values.items()}, lines
+
+
+def _trusts(value: Any) -> bool:
+    """Whether a setting asks for foreign code, wherever in it."""
+    if isinstance(value, dict):
+        return any((name == "trust_remote_code" and inner) or _trusts(inner) for name, inner in value.items())
+    return isinstance(value, list) and any(map(_trusts, value))
 
 
 def _number(value: Any) -> Any:

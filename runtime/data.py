@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Data:
         columns: all that there were.
         problems: the rows that were left out.
         part: what of a file was read, if not all of it.
+        numbers: of each row in its file, see :mod:`.formats`; empty for tokens of the hub.
     """
 
     name: str
@@ -44,6 +46,11 @@ class Data:
     columns: list[str]
     problems: Problems
     part: str | None = None
+    numbers: Sequence[int] = field(default=(), repr=False)
+
+    def row_name(self, index: int) -> str:
+        """``file:row`` of the row at a position, counted from 0."""
+        return f"{self.name}:{self.numbers[index] if self.numbers else index + 1}"
 
     @property
     def is_pairs(self) -> bool:
@@ -55,7 +62,7 @@ class Data:
         gap = self.shape.gap or ""
         rows = Dataset.from_list([unchatted(row, gap) for row in self.rows])  # type: ignore[arg-type]
         shape = Shape(f"{self.shape.name} (plain text: the model has no chat template)", self.shape.columns, dict)
-        return Data(self.name, rows, shape, self.columns, self.problems, self.part)
+        return Data(self.name, rows, shape, self.columns, self.problems, self.part, self.numbers)
 
     def __str__(self) -> str:
         part = f", {self.part}" if self.part else ""
@@ -111,9 +118,9 @@ def _load(source: Source, text_field: str, templates: Templates, strict: bool) -
         raise DataError(f"data set {name!r} has no rows")
     shape = detect(name, columns, found, templates=templates, text_field=text_field)
     if shape.name == "tokens" and source.table is not None:
-        rows, problems = source.table, Problems()  # made for training: as it is, in its place on the disk
+        rows, problems, numbers = source.table, Problems(), ()  # made for training: as it is, in its place on the disk
     else:
-        rows, problems = _converted(source, itertools.chain(first, source.items), shape)
+        rows, problems, numbers = _converted(source, itertools.chain(first, source.items), shape)
     if problems.count and strict:
         total = len(rows) + problems.count
         raise DataError(f"{problems.count:,} of {total:,} rows of {name!r} cannot be used (strict_data):\n{problems}")
@@ -122,7 +129,7 @@ def _load(source: Source, text_field: str, templates: Templates, strict: bool) -
             f"data set {name!r} has no rows that can be used: all {problems.count:,} were read as {shape.name} and "
             f"dropped\n{problems}"
         )
-    return Data(name, rows, shape, columns, problems, source.part)
+    return Data(name, rows, shape, columns, problems, source.part, numbers)
 
 
 def load_rows(name: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Dataset:
@@ -170,15 +177,17 @@ def _first(source: Source, templates: Templates) -> tuple[list[Item], list[str],
     return items, list(columns), problems, found
 
 
-def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dataset, Problems]:
-    problems = Problems()
+def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dataset, Problems, Sequence[int]]:
+    problems, numbers = Problems(), array("Q")
 
     def sound() -> Iterator[dict[str, Any]]:
         for number, row in items:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                yield shape.convert(row)
+                converted = shape.convert(row)
+                numbers.append(number)
+                yield converted
             except BadRow as reason:
                 problems.add(source.name, number, reason)
 
@@ -195,7 +204,7 @@ def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dat
             f"data set {source.name!r}: {', '.join(shape.columns)} hold values of different types in different rows, "
             f"which a table cannot: {shown(str(error), 200)}"
         ) from None
-    return Dataset(table), problems  # type: ignore[arg-type]
+    return Dataset(table), problems, numbers  # type: ignore[arg-type]
 
 
 def _innermost(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from ..compiler.explain import Explanation
 from ..models.fast import FastLanguageModel
 from ..models.load import load_model, load_tokenizer
+from . import checkpoints
 from .config import TrainConfig
 from .curves import plot_loss
 from .data import Data, Templates, is_conversational, load_data
@@ -35,6 +36,10 @@ SPARE_BYTES = 64 * 2**20
 
 class OutputError(ValueError):
     """The results cannot be written where they should go."""
+
+
+class SavingError(OSError):
+    """The results could not be written after training."""
 
 
 @dataclass
@@ -88,6 +93,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
     Raises:
         DataError, ModelError, OutputError: when the data, the model or the place for the results cannot be used.
+        CheckpointError: when there is nothing to resume from.
+        SavingError: when the results could not be written after training.
+        TrainingError: when the loss or the gradient is not finite three steps in a row.
+        KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM (143), when a checkpoint is written.
     """
     console = console or Console(stderr=True)
     with _quiet():
@@ -122,6 +131,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         compile=config.compile,
         options=config.options,
     )
+    prepared: Any = trainer.train_dataset
+    if len(prepared) == len(data[0].rows) and not trainer.args.packing and not trainer.args.shuffle_dataset:
+        trainer.row_name = data[0].row_name
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console))
     if device.type == "cuda":
@@ -130,7 +142,11 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     first = _answer(trainer.model, tokenizer, config.sample_prompt)
     before = _held_out_loss(trainer, console)
     history = list(trainer.state.log_history)  # training starts it anew
-    trainer.train(resume_from_checkpoint=config.sft.get("resume_from_checkpoint"))
+    try:
+        trainer.train(resume_from_checkpoint=config.sft.get("resume_from_checkpoint"))
+    except (KeyboardInterrupt, SystemExit):
+        console.print(_stopped(trainer), markup=False, highlight=False, soft_wrap=True)
+        raise
     after = _held_out_loss(trainer, console)
     second = _answer(trainer.model, tokenizer, config.sample_prompt)
 
@@ -146,7 +162,10 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         history=[*history, *trainer.state.log_history],
         is_adapter=config.use_peft,
     )
-    _save(trainer, result)
+    try:
+        _save(trainer, result)
+    except OSError as error:
+        raise SavingError(f"the results could not be saved in {config.output_dir}: {error}") from error
     return result
 
 
@@ -206,8 +225,22 @@ def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
 
 def _unlogged(config: TrainConfig) -> dict[str, Any]:
     """The trainer's own settings, without its bars."""
-    settings = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", **config.sft}
+    saving = {"save_strategy": _save_strategy(config), "save_total_limit": 2}
+    settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.sft}
     return {name: value for name, value in settings.items() if name not in ("bf16", "fp16", "use_cpu")}
+
+
+def _save_strategy(config: TrainConfig) -> str:
+    """Adapters are small; a checkpoint of all parameters with Adam's moments is three times the model."""
+    return str(config.sft.get("save_strategy", "steps" if config.use_peft else "no"))
+
+
+def _stopped(trainer: SFTTrainer) -> str:
+    saved = checkpoints.checkpoints(Path(str(trainer.args.output_dir)))
+    step = trainer.state.global_step
+    if not saved or checkpoints.step_of(saved[0]) < step:
+        return f"stopped at step {step}, without a checkpoint of it"
+    return f"stopped at step {step}: {saved[0]}; --resume-from-checkpoint true goes on from there"
 
 
 def _held_out_loss(trainer: SFTTrainer, console: Console) -> float | None:
@@ -245,6 +278,10 @@ def _check_output(config: TrainConfig) -> None:
     done = [n for n in ("adapter_config.json", "config.json") if (folder / n).exists()]
     if done and not config.overwrite:
         raise OutputError(f"output_dir {folder} already holds a model ({done[0]}); choose another, or set overwrite")
+    resume = config.sft.get("resume_from_checkpoint")
+    if resume and not (checkpoints.checkpoints(folder) if resume is True else Path(str(resume)).exists()):
+        wanted = f"checkpoint in {folder}" if resume is True else f"checkpoint {resume}"
+        raise checkpoints.CheckpointError(f"there is no {wanted} to resume from")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -255,7 +292,8 @@ def _check_output(config: TrainConfig) -> None:
 
 def _check_space(config: TrainConfig, model: Any) -> None:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    copies = 1 if config.sft.get("save_strategy", "no") == "no" else 4  # a checkpoint holds Adam's two moments as well
+    # A checkpoint holds Adam's two moments as well; the third is being written while two are kept.
+    copies = 1 if _save_strategy(config) == "no" else 1 + 3 * 3
     needed, free = trained * copies + SPARE_BYTES, shutil.disk_usage(config.output_dir).free
     if free < needed:
         raise OutputError(

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +26,9 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
+from .pace import Pace
+from .smaller import SmallerBatches
+from .sturdy import Sturdy
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def causal_lm_step(
     return StepOutput(loss, torch.where(trained, entropy, 0.0).sum(), correct.sum(), tokens)
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(Sturdy, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
@@ -126,9 +127,13 @@ class SFTTrainer(trl.SFTTrainer):
         for name in _CHECKPOINTING:
             if hasattr(args, name):
                 setattr(args, name, False)
+        args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
         super().__init__(model=model, args=args, **others)
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
+        self._smaller = SmallerBatches()
+        self._done, self._share = 0, 1.0  # micro-batches of this step, and how much of one its running part is
+        self._seen: list[tuple[StepOutput, Any]] = []  # parts of a micro-batch, with their real (not padding) tokens
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
@@ -160,13 +165,15 @@ class SFTTrainer(trl.SFTTrainer):
         if not self._plain_loss or return_outputs or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        rest: dict[str, Any] = {name: value for name, value in inputs.items() if name != "labels"}
+        rest["use_cache"] = False
         divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=labels.device)
         weight = 0.0
         if self.aux_loss_enabled:
             rest["output_router_logits"] = True
             steps = 1 if divisor is None else self.current_gradient_accumulation_steps
-            weight = self.router_aux_loss_coef / steps  # it is a mean per micro-batch, and has no other divisor
+            # It is a mean per micro-batch, or part of one, and has no other divisor.
+            weight = self.router_aux_loss_coef * self._share / steps
         if self._lengths_vary:
             for value in (*rest.values(), labels):
                 if isinstance(value, Tensor) and value.dim() == 2:
@@ -176,25 +183,54 @@ class SFTTrainer(trl.SFTTrainer):
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
-        self._record(step, rest)
+        mask = rest.get("attention_mask")
+        self._seen.append((step, mask.sum() if mask is not None else rest["input_ids"].numel()))
+        if not self.model.training:
+            self._record()
         return loss
 
-    def _record(self, step: StepOutput, inputs: Mapping[str, Any]) -> None:
+    def _record(self) -> None:
         """Note the metrics as tensors: reading them here would make every step wait for the device."""
+        if not self._seen:
+            return
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["entropy"].append(step.entropy / step.tokens.clamp(min=1))
-        self._metrics[mode]["mean_token_accuracy"].append(step.correct / step.tokens.clamp(min=1))
+        steps = [step for step, _ in self._seen]
+        entropy, correct, trained = (torch.stack([step[i] for step in steps]).sum() for i in (1, 2, 3))
+        self._metrics[mode]["entropy"].append(entropy / trained.clamp(min=1))
+        self._metrics[mode]["mean_token_accuracy"].append(correct / trained.clamp(min=1))
         if mode == "train":
-            mask = inputs.get("attention_mask")
-            tokens = mask.sum() if mask is not None else inputs["input_ids"].numel()
+            tokens = sum(tokens for _, tokens in self._seen)
             self.pace.add(tokens)
             self._total_train_tokens = self._total_train_tokens + tokens
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._seen.clear()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        step = super().training_step
+        if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
+
+            def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
+                self._share = share
+                return step(model, part, items)
+
+            loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again)
+        else:
+            loss = step(model, inputs, num_items_in_batch)
+        self._done += 1
+        self._record()
         self.pace.after_step()
         return loss
+
+    def _start_again(self) -> Iterator[dict[str, Any]]:
+        """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
+        self.model.zero_grad()
+        self._seen.clear()
+        yield from self._batch[: self._done]
+        self._seen.clear()  # they are in the metrics already
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._done = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.pace.paused():
@@ -226,71 +262,6 @@ def _is_checkpointing(model: PreTrainedModel) -> bool:
     return model.is_gradient_checkpointing if newer is None else newer
 
 
-class Pace:
-    """Measures tokens per second between logs, the first step (compilation) and evaluations left out.
-
-    Attributes:
-        first_step_seconds: wall time of the first step, None before it.
-    """
-
-    def __init__(self) -> None:
-        self.first_step_seconds: float | None = None
-        self._started: float | None = None  # of the running stretch; None before the first step and while paused
-        self._created = time.perf_counter()
-        self._seconds = self._lap_seconds = 0.0
-        self._tokens: Any = 0
-        self._lap_tokens: Any = 0
-
-    def add(self, tokens: Tensor | int) -> None:
-        if self.first_step_seconds is not None:
-            self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
-
-    def start(self) -> None:
-        """Training begins."""
-        self._created = time.perf_counter()
-
-    def after_step(self) -> None:
-        if self.first_step_seconds is None:
-            _wait_for_device()
-            self.first_step_seconds = time.perf_counter() - self._created
-            self._started = time.perf_counter()
-
-    def lap(self) -> float | None:
-        """Real (not padding) tokens per second since the last lap; None before the second step."""
-        self._stop()
-        rate = float(self._lap_tokens) / self._lap_seconds if self._lap_seconds and float(self._lap_tokens) else None
-        self._lap_tokens, self._lap_seconds = 0, 0.0
-        return rate
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Over the whole run; None before the second step."""
-        self._stop()
-        return float(self._tokens) / self._seconds if self._seconds and float(self._tokens) else None
-
-    def _stop(self) -> None:
-        """Close the running stretch and begin the next."""
-        if self._started is not None:
-            _wait_for_device()
-            now = time.perf_counter()
-            self._seconds, self._lap_seconds = (
-                self._seconds + now - self._started,
-                self._lap_seconds + now - self._started,
-            )
-            self._started = now
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training."""
-        self._stop()
-        was_running, self._started = self._started is not None, None
-        try:
-            yield
-        finally:
-            if was_running:
-                self._started = time.perf_counter()
-
-
 class WithoutIdleMask:
     """A collator whose batches have no attention mask where nothing is masked: attention is then known to be causal.
 
@@ -317,8 +288,3 @@ def _one_length(dataset: Any) -> bool:
     lengths = compute.list_value_length(dataset.data.column("input_ids"))
     others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
     return others <= max(1, SHORT_ROWS * len(dataset))
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

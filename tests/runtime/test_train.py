@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.runtime.tiny import conversations
 from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
-from unsloth.runtime import cli
+from unsloth.runtime import checkpoints, cli
 from unsloth.runtime import train as training
 
 EAGER = "{lowering: eager, strict: true}"
@@ -251,4 +254,62 @@ def test_a_failure_while_saving_leaves_nothing_half_written(checkpoint, rows, tm
     }
     with pytest.raises(OSError, match="No space left"):
         training.train(training.TrainConfig.model_validate(config))
-    assert list((tmp_path / "out").iterdir()) == []
+    (left,) = (tmp_path / "out").iterdir()  # the run is not lost
+    assert left.name == "checkpoint-1" and checkpoints.damage(left) == []
+
+
+# -- exit codes --------------------------------------------------------------------------------------------------------
+
+MAIN = "from unsloth.runtime.cli import main; main()"
+
+
+def started(checkpoint: Path, rows: Path, out: Path, *more: Any) -> subprocess.Popen[str]:
+    words = ["--model", checkpoint, "--data", rows, "--output-dir", out, "--compile", "false", "--lora-r", 4, *more]
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", MAIN, "train", *map(str, words)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_and_going_on(checkpoint, rows, tmp_path, number, code) -> None:
+    process = started(checkpoint, rows, tmp_path / "out", "--max-steps", 100_000)
+    assert process.stderr is not None
+    said = ""
+    while "step 3/" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(number)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == code and "Traceback" not in said
+    (saved,) = checkpoints.checkpoints(tmp_path / "out")
+    step = checkpoints.step_of(saved)
+    assert f"stopped at step {step}: {saved}; --resume-from-checkpoint true goes on" in said
+    process = started(checkpoint, rows, tmp_path / "out", "--max-steps", step + 2, "--resume-from-checkpoint", "true")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert f"step {step + 1}/{step + 2}" in said and f"step {step}/" not in said
+
+
+def test_nothing_to_resume_is_bad_input(command, checkpoint, rows, tmp_path) -> None:
+    arguments = ["--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out"]
+    code, out, err = command(*arguments, "--resume-from-checkpoint")
+    assert (code, out) == (2, "") and f"there is no checkpoint in {tmp_path / 'out'} to resume from" in err
+    code, _, err = command(*arguments, "--resume-from-checkpoint", tmp_path / "checkpoint-9")
+    assert code == 2 and f"there is no checkpoint {tmp_path / 'checkpoint-9'} to resume from" in err
+
+
+def test_a_run_that_fails_says_why(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
+    compute = training.SFTTrainer.compute_loss
+    monkeypatch.setattr(
+        training.SFTTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * math.nan
+    )
+    code, _, err = command(*in_few_steps(checkpoint, rows, tmp_path / "out"), "--max-steps", 9)
+    assert code == 1 and "unsloth: step 3 was skipped: loss nan" in err and "Traceback" not in err
+    assert err.count(f"\n  {rows}:") == 2 and "What is" in err  # its two rows, by file and line
+
+
+def test_results_that_cannot_be_saved(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "plot_loss", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    code, _, err = command(*in_few_steps(checkpoint, rows, tmp_path / "out"))
+    assert code == 1 and "the results could not be saved" in err and "No space left" in err and "Traceback" not in err
