@@ -51,7 +51,7 @@ def silu(x: Pattern) -> Pattern:
     return _silu(x) | x * sigmoid(x)
 
 
-def _mean_of_last(node: fx.Node, rest: dict[str, Any]) -> str | None:
+def _over_last(node: fx.Node, rest: dict[str, Any]) -> str | None:
     if list(rest["dim"] or ()) not in ([-1], [value(node.args[0]).dim() - 1]):
         return f"the {describe(node)} is not over the last dimension alone"
     if rest["dtype"] is not None:
@@ -84,7 +84,8 @@ sqrt = function("sqrt", aten.sqrt.default)
 tanh = function("tanh", aten.tanh.default)
 sigmoid = function("sigmoid", aten.sigmoid.default)
 gelu = function("gelu", aten.gelu.default)
-mean = function("mean", aten.mean.dim, check=_mean_of_last)
+mean = function("mean", aten.mean.dim, check=_over_last)
+sum_of = function("sum", aten.sum.dim_IntList, check=_over_last)
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 view = function("view", *_VIEWS, check=_any_shape)
 _pairs = function("view", *_VIEWS, check=_splits_into_pairs)

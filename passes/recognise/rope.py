@@ -54,10 +54,12 @@ def per_feature(cos: Pattern, sin: Pattern, turned: Pattern) -> Pattern:
     return cast(x * widened(cos) + widened(turned) * widened(sin)).where(turns_all)
 
 
-def per_pair(features: tuple[Pattern, Pattern], join: Any) -> Pattern:
+def per_pair(features: tuple[Pattern, Pattern], join: Any, backwards: bool = False) -> Pattern:
     """cos and sin hold a value for each pair of features."""
     first, second = (widened(f) for f in features)
     c, s = widened(cos), widened(sin)
+    if backwards:
+        return cast(join(first * c + second * s, second * c - first * s)).where(turns_all)
     return cast(join(first * c - second * s, second * c + first * s)).where(turns_all)
 
 
@@ -70,22 +72,17 @@ COMPLEX = view_as_real(view_as_complex(pairs(x)) * capture("angles"))
 
 ROPE = {
     "half rotation": per_feature(cos, sin, cat(-x[half:], x[:half])),
+    "half rotation backwards": per_feature(cos, sin, cat(x[half:], -x[:half])),
     "interleaved, a table per pair": per_feature(doubled(cos), doubled(sin), next_to_each_other),
     "interleaved": per_feature(cos, sin, next_to_each_other),
     "half rotation, a table per pair": per_pair(halves, cat),
+    "half rotation backwards, a table per pair": per_pair(halves, cat, backwards=True),
     "interleaved, written in halves": per_pair(neighbours, cat),
     "interleaved, pair by pair": per_pair(neighbours, adjacent),
     "complex numbers": cast(merged(COMPLEX)).where(turns_all),
 }
-a, b = capture("a"), capture("b")
-NEAR = {"it turns the pairs the other way round": cat(a * cos + b * sin, b * cos - a * sin)}
-
-ORDERS = {
-    "half rotation": (False, False),
-    "half rotation, a table per pair": (False, False),
-    "interleaved, written in halves": (True, False),
-}
-"""(interleaved, interleaved_out) by variant; all others read and write neighbours."""
+INTERLEAVED_OUT = frozenset(name for name in ROPE if not name.startswith("half") and not name.endswith("halves"))
+INTERLEAVED = INTERLEAVED_OUT | {"interleaved, written in halves"}
 
 
 class Rope:
@@ -98,7 +95,7 @@ class Rope:
         order = {node: i for i, node in enumerate(graph.nodes)}
         waiting: dict[Hashable, tuple[fx.Node, Found]] = {}
         found: list[Match] = []
-        for result in search(graph, ROPE, heart=hearts, close=4, near=NEAR):
+        for result in search(graph, ROPE, heart=hearts, close=4):
             if isinstance(result, Miss):
                 yield result
                 continue
@@ -134,10 +131,12 @@ def _shared(node: fx.Node, found: Found) -> tuple[Any, ...]:
     if found.variant == "complex numbers":
         parts = Call(aten.view_as_real.default, (found["angles"],))
         tables = [Call(aten.select.int, (parts, -1, i)) for i in (0, 1)]
+    elif "backwards" in found.variant:  # by the opposite angle
+        tables = [found["cos"], Call(aten.neg.default, (found["sin"],))]
     else:
         tables = [found["cos"], found["sin"]]
     narrow = value(node).dtype != _promoted(found)
-    return *tables, *ORDERS.get(found.variant, (True, True)), narrow
+    return *tables, found.variant in INTERLEAVED, found.variant in INTERLEAVED_OUT, narrow
 
 
 def _identity(argument: Any) -> Hashable:

@@ -39,7 +39,8 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dynamic"), [*((name, False) for name in EXPECTED), ("qwen3", True), ("phi3", True), ("ernie4_5", True)]
+    ("architecture", "dynamic"),
+    [*((name, False) for name in EXPECTED), ("qwen3", True), ("phi3", True), ("ernie4_5", True)],
 )
 def test_everything_is_found_and_rewritten(architecture: str, dynamic: bool) -> None:
     norms, rounding, rotation, unit = EXPECTED[architecture]
