@@ -122,17 +122,31 @@ def _rms_norm(size: Size) -> Iterator[Case]:
 def _rope(size: Size) -> Iterator[Case]:
     batch, length = size.sequences[0]
 
-    def arguments() -> Args:
-        q, k = (size.heads_of(number, batch, length) for number in (size.heads, size.kv_heads))
-        angles = size.randn(1, length, size.width // 2).repeat(1, 1, 2)
-        return q, k, angles.cos(), angles.sin()
+    def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Args:
+        return peer["liger"](q, k, cos[:, 0], sin[:, 0])
 
-    def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Args:
-        half, cos, sin = size.width // 2, cos.unsqueeze(1), sin.unsqueeze(1)
-        return tuple(x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin for x in (q, k))
+    def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *_: Any) -> Args:
+        half = size.width // 2
+
+        def turned(x: Tensor) -> Tensor:
+            if interleaved:
+                return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+            return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+        return tuple(x * cos + turned(x) * sin for x in (q, k))
 
     shape = f"{batch}×{length}, {size.heads}+{size.kv_heads} heads of {size.width}"
-    yield Case(rope, shape, arguments, ("q", "k"), {"eager": eager, **_liger("rope", "LigerRopeFunction", 4)})
+    peer = _liger("rope", "LigerRopeFunction", 4)
+    for interleaved in (False, True):
+
+        def arguments(interleaved: bool = interleaved) -> Args:
+            q, k = (size.heads_of(number, batch, length) for number in (size.heads, size.kv_heads))
+            angles = size.randn(1, 1, length, size.width // 2)
+            angles = angles.repeat_interleave(2, -1) if interleaved else angles.repeat(1, 1, 1, 2)
+            return q, k, angles.cos(), angles.sin(), interleaved, interleaved, False
+
+        peers: dict[str, Peer] = {"eager": eager, **({"liger": liger} if peer and not interleaved else {})}
+        yield Case(rope, shape, arguments, ("q", "k"), peers, variant=", interleaved" if interleaved else "")
 
 
 def _swiglu(size: Size) -> Iterator[Case]:

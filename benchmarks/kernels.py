@@ -40,7 +40,7 @@ _WAYS = ("forward", "backward")
 TARGETS = {
     ("rms_norm", "forward"): ("≥", 2.7, "TB/s"),
     ("rms_norm", "backward"): ("≥", 2.4, "TB/s"),
-    **{("rope", way): ("≥", 2.6, "TB/s") for way in _WAYS},
+    **{(name, way): ("≥", 2.6, "TB/s") for name in ("rope", "rope, interleaved") for way in _WAYS},
     **{(name, way): ("≥", 2.8, "TB/s") for name in ("swiglu", "geglu") for way in _WAYS},
     ("nf4_dequantize", "forward"): ("≥", 2.6, "TB/s"),
     ("linear_cross_entropy, frozen head", "both"): ("≤", 14, "ms"),

@@ -55,6 +55,7 @@ class Operator:
     saves_instead: Mapping[str, str]
     differentiable: tuple[str, ...]
     gradients_of: tuple[str, ...]
+    same_gradient: Mapping[str, str]
     devices: tuple[str, ...]
     flops: Callable[..., Any]
     backward_flops: Callable[..., Any]
@@ -125,6 +126,7 @@ def operator(
     flops: Callable[..., Any],
     backward_flops: Callable[..., Any] = _no_gradient,
     saves_instead: Mapping[str, str] | None = None,
+    same_gradient: Mapping[str, str] | None = None,
     fake: Callable[..., Any] | None = None,
     fake_backward: Callable[..., Any] | None = None,
     devices: Sequence[str] = ("cuda",),
@@ -153,6 +155,8 @@ def operator(
             ``saves_instead`` spares.
         saves_instead: ``{"z": "x"}`` where backward needs the optional input z, if there is one, in place of x: it is
             given None for x then, and x is not kept in memory for it.
+        same_gradient: ``{"residual": "x"}`` where the gradient of the input ``residual`` is that of the differentiable
+            input ``x``: one tensor is both, and ``needs`` says whether either is wanted. They have one shape and dtype.
         fake: computes the outputs' shapes in place of the reference: for one that cannot be traced, because it loops
             over a size that may be symbolic or reads a constant tensor, or takes long to. The operator then stays
             opaque where others are replaced by their reference.
@@ -172,6 +176,7 @@ def operator(
         saves_instead=dict(saves_instead or {}),
         differentiable=tuple(differentiable.split()),
         gradients_of=tuple(gradients_of.split()),
+        same_gradient=dict(same_gradient or {}),
         devices=tuple(devices),
         flops=flops,
         backward_flops=backward_flops,
@@ -218,6 +223,8 @@ def _check_names(op: Operator) -> None:
         ("saves", op.saves, known),
         ("differentiable", op.differentiable, set(op.tensor_inputs)),
         ("gradients_of", op.gradients_of, set(op.outputs)),
+        ("same_gradient", op.same_gradient.keys(), set(op.tensor_inputs) - set(op.differentiable)),
+        ("same_gradient", op.same_gradient.values(), set(op.differentiable)),
         ("saves_instead", (*op.saves_instead, *op.saves_instead.values()), set(op.saves)),
     ):
         if unknown := [n for n in names if n not in allowed]:
@@ -321,6 +328,7 @@ def _register_autograd(op: Operator) -> None:
     inputs, outputs = op.inputs, op.outputs
     others = [i for i, a in enumerate(op.schema.arguments) if not _is_tensor(a)]
     positions = [inputs.index(name) for name in op.differentiable]
+    followers = {inputs.index(name): inputs.index(of) for name, of in op.same_gradient.items()}
     graded = [outputs.index(name) for name in op.gradients_of]
     statistics = [i for i in range(len(outputs)) if i not in graded]
 
@@ -332,12 +340,17 @@ def _register_autograd(op: Operator) -> None:
         ctx.mark_non_differentiable(*(values[i] for i in statistics))
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        needs = [bool(ctx.needs_input_grad[i]) for i in positions]
+        wanted = list(ctx.needs_input_grad)
+        for follower, of in followers.items():
+            wanted[of] |= wanted[follower]
+        needs = [bool(wanted[i]) for i in positions]
         result = op.overload_backward(*(grads[i] for i in graded), *ctx.saved_tensors, *ctx.others, needs)
         gradients: list[Tensor | None] = [None] * len(inputs)
         values = result if isinstance(result, tuple) else (result,)
         for i, need, value in zip(positions, needs, values, strict=True):
             gradients[i] = value if need else None
+        for follower, of in followers.items():
+            gradients[follower] = gradients[of] if ctx.needs_input_grad[follower] else None
         return tuple(gradients)
 
     name = f"{NAMESPACE}::{op.name}"

@@ -1,7 +1,8 @@
-"""Root-mean-square normalisation, y = x / rms(x) * (weight + offset) with rms(x) = sqrt(mean(x^2) + eps).
+"""Root-mean-square normalisation, y = x / rms(x) * (weight + offset) with rms(x) = sqrt(mean(x^2) + eps); and of a sum.
 
 Zhang & Sennrich 2019, arXiv:1910.07467. x: [..., hidden], weight: [hidden]; statistics and arithmetic in float32
-(float64 in float64). Models differ in where they round, and so in y's dtype:
+(float64 in float64). Without a weight, y = x / rms(x) * offset: offset 1 is the plain norm, and hidden^-1/2 with eps /
+hidden in place of eps is x / sqrt(sum(x^2) + eps), the L2 norm. Models differ in where they round, and so in y's dtype:
 
 * ``round_first``: the normalised x returns to x's dtype, then it is scaled: y has the promotion of x's and weight's
   dtypes (Llama; float32 for bf16 x and float32 weight);
@@ -12,15 +13,18 @@ that order too, is what backward wants besides x and weight. With n = x * rstd a
 
     dx = rstd * (g - n * mean(g * n)),    dweight = sum over rows of dy * n.
 
+``add_rms_norm`` normalises total = x + residual, rounded to x's dtype as the residual stream is, and returns it too.
+The gradient that comes back along the stream is added inside; the result is that of x and of the residual alike.
+
 Rows are read once and held in registers. For r rows of bf16, forward moves 4 * r * hidden bytes (x, y) and backward
 6 * r * hidden (dy, x, dx), weight and rstd being negligible: 8192 x 4096 is 134 MB and 201 MB, at least 45 us and 68 us
-at 2.97 TB/s (H100 copy), 31 us and 47 us at 4.3 TB/s (H200). The trainable weight's gradient writes and reads
-[programs, hidden] float32 besides, 9% more; it is summed in a fixed order, the same in every run on a device.
+at 2.97 TB/s (H100 copy), 31 us and 47 us at 4.3 TB/s (H200). With the sum it is 8 * r * hidden either way, 90 us, where
+a sum of its own costs 10 and 12. The trainable weight's gradient writes and reads [programs, hidden] float32 besides,
+9% more; it is summed in a fixed order, the same in every run on a device.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -28,97 +32,100 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from .operator import next_power_of_two, operator
+from .operator import operator
 from .reasons import dtype_is, too_wide
-
-MAX_HIDDEN = 65536
-"""One row at 32 warps is then 64 float32 values a thread: the last width at which registers hold most of it."""
-
-ELEMENTS_PER_THREAD = 32
-"""64 bytes of bf16 in flight per thread and tensor, and registers left for five or six programs per multiprocessor."""
-
-PROGRAMS_PER_PROCESSOR = 4
-"""Of the weight gradient's kernel: as many as its registers allow at once, and few enough partial sums."""
-
+from .rows import (
+    MAX_HIDDEN,
+    as_rows,
+    like,
+    load_column_values,
+    load_rows,
+    programs_that_sum,
+    row_order,
+    store_partial_sum,
+    store_rows,
+    sum_of_rows,
+    tile_of_rows,
+    tiling,
+    wide,
+)
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _scale(weight: Tensor | None, offset: float) -> Tensor | float:
+    return offset if weight is None else wide(weight) + offset
 
 
-def _like(x: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A fresh tensor of the values, in x's order of memory as an elementwise operation would leave it."""
-    return torch.empty_like(x, dtype=dtype).copy_(values)
+def _result_dtype(x: Tensor, weight: Tensor | None, round_first: bool) -> torch.dtype:
+    return torch.promote_types(x.dtype, weight.dtype) if round_first and weight is not None else x.dtype
 
 
-def _result_dtype(x: Tensor, weight: Tensor, round_first: bool) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
-
-
-def _reference(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    wide = _wide(x)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normed = wide * rstd
+def _reference(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
+    x_ = wide(x)
+    rstd = torch.rsqrt(x_.square().mean(-1, keepdim=True) + eps)
+    normed = x_ * rstd
     if round_first:
         normed = normed.to(x.dtype)
-    y = normed * (_wide(weight) + offset)
-    return _like(x, y, _result_dtype(x, weight, round_first)), _like(x[..., 0], rstd.squeeze(-1), wide.dtype)
+    y = normed * _scale(weight, offset)
+    return like(x, y, _result_dtype(x, weight, round_first)), like(x[..., 0], rstd.squeeze(-1), x_.dtype)
 
 
 def _reference_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     rstd: Tensor,
     eps: float,
     offset: float,
     round_first: bool,
     needs: list[bool],
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    grad, normed = _wide(grad), _wide(x) * rstd.unsqueeze(-1)
+    grad, normed = wide(grad), wide(x) * rstd.unsqueeze(-1)
     grad_x = grad_weight = None
     if needs[0]:
-        g = grad * (_wide(weight) + offset)
-        grad_x = _like(x, rstd.unsqueeze(-1) * (g - normed * (g * normed).mean(-1, keepdim=True)), x.dtype)
-    if needs[1]:
-        grad_weight = (grad * normed).reshape(math.prod(x.shape[:-1]), x.shape[-1]).sum(0).to(weight.dtype)
+        g = grad * _scale(weight, offset)
+        grad_x = rstd.unsqueeze(-1) * (g - normed * (g * normed).mean(-1, keepdim=True))
+        grad_x = like(x, grad_x if grad_total is None else grad_x + wide(grad_total), x.dtype)
+    if needs[1] and weight is not None:
+        grad_weight = sum_of_rows(grad * normed, weight.dtype)
     return grad_x, grad_weight
+
+
+def _add_reference(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    total = like(x, x + residual, x.dtype)
+    return total, *_reference(total, *others)
+
+
+def _add_reference_backward(grad_total: Tensor, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    return _reference_backward(grad_y, *others, grad_total)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _tile(start, rows, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row numbers [ROWS], columns [BLOCK], and which elements of the tile exist."""
-    row = (start + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (column < HIDDEN)[None, :]
-    return row, column, inside
-
-
-@triton.jit
-def _load(base, row, stride, column, inside):
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _load_scale(weight, offset, column, HIDDEN: tl.constexpr):
-    return (tl.load(weight + column, mask=column < HIDDEN, other=0.0).to(tl.float32) + offset)[None, :]
+    scale = offset
+    if weight is not None:
+        scale = load_column_values(weight, column, HIDDEN) + offset
+    return scale
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,
+    residual,
     weight,
+    total,
     y,
     rstd,
     rows,
     x_stride,
+    residual_stride,
     eps,
     offset,
     HIDDEN: tl.constexpr,
@@ -126,20 +133,26 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, column, inside = _tile(tl.program_id(0) * ROWS, rows, HIDDEN, ROWS, BLOCK)
+    row, column, inside = tile_of_rows(tl.program_id(0) * ROWS, rows, HIDDEN, ROWS, BLOCK)
     scale = _load_scale(weight, offset, column, HIDDEN)
-    values = _load(x, row, x_stride, column, inside)
+    values = load_rows(x, row, x_stride, column, inside)
+    if residual is not None:
+        values += load_rows(residual, row, residual_stride, column, inside)
+        rounded = values.to(total.dtype.element_ty)
+        store_rows(total, row, column, rounded, inside, HIDDEN)
+        values = rounded.to(tl.float32)
     r = tl.rsqrt(tl.sum(values * values, axis=1) / HIDDEN + eps)
     tl.store(rstd + row, r, mask=row < rows)
     normed = values * r[:, None]
     if ROUND_FIRST:
         normed = normed.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(y + row[:, None] * HIDDEN + column[None, :], normed * scale, mask=inside)
+    store_rows(y, row, column, normed * scale, inside, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     grad,
+    grad_total,
     x,
     weight,
     rstd,
@@ -147,6 +160,7 @@ def _backward_kernel(
     partial,
     rows,
     grad_stride,
+    grad_total_stride,
     x_stride,
     offset,
     HIDDEN: tl.constexpr,
@@ -156,108 +170,142 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each program takes every num_programs-th tile; without NEED_WEIGHT there are programs for one tile each."""
-    program = tl.program_id(0)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
-        row, column, inside = _tile(start, rows, HIDDEN, ROWS, BLOCK)
-        dy = _load(grad, row, grad_stride, column, inside)
+    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row, column, inside = tile_of_rows(start, rows, HIDDEN, ROWS, BLOCK)
+        dy = load_rows(grad, row, grad_stride, column, inside)
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-        normed = _load(x, row, x_stride, column, inside) * r
+        normed = load_rows(x, row, x_stride, column, inside) * r
         if NEED_WEIGHT:
-            total += dy * normed
+            weight_sum += dy * normed
         if NEED_X:
             g = dy * _load_scale(weight, offset, column, HIDDEN)  # from cache: its registers are worth more
             mean = tl.sum(g * normed, axis=1, keep_dims=True) / HIDDEN
-            tl.store(grad_x + row[:, None] * HIDDEN + column[None, :], (g - normed * mean) * r, mask=inside)
+            dx = (g - normed * mean) * r
+            if grad_total is not None:
+                dx += load_rows(grad_total, row, grad_total_stride, column, inside)
+            store_rows(grad_x, row, column, dx, inside, HIDDEN)
     if NEED_WEIGHT:
-        column = tl.arange(0, BLOCK)
-        tl.store(partial + program * HIDDEN + column, tl.sum(total, axis=0), mask=column < HIDDEN)
+        store_partial_sum(partial, weight_sum, HIDDEN, BLOCK)
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(x: Tensor, order: list[int]) -> Tensor:
-    """x as [rows, hidden] with its rows in that order: a view where one stride says it, else a copy."""
-    rows = x.permute(order).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _row_order(y: Tensor) -> list[int] | None:
-    """The permutation that makes the dense y contiguous, or None if it moves the last dimension."""
-    last = y.dim() - 1
-    order = [*sorted(range(last), key=y.stride, reverse=True), last]
-    return order if y.permute(order).is_contiguous() else None
-
-
-def _tiling(rows: int, hidden: int) -> tuple[int, dict[str, int]]:
-    """Number of tiles and their shape; narrow rows share a program, which then reduces them side by side."""
-    block = next_power_of_two(hidden)
-    per_tile = max(1, 4 * 32 * ELEMENTS_PER_THREAD // block)
-    warps = min(32, max(4, block // (32 * ELEMENTS_PER_THREAD)))
-    return triton.cdiv(rows, per_tile), {"HIDDEN": hidden, "ROWS": per_tile, "BLOCK": block, "num_warps": warps}
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _forward(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
+def _run_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    round_first: bool,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """total (x itself where nothing is added), y and rstd; None where the kernel does not apply."""
     y = torch.empty_like(x, dtype=_result_dtype(x, weight, round_first))
-    order = _row_order(y)
+    order = row_order(y)
     if order is None or _supports(x, weight) is not None:
-        return _reference(x, weight, eps, offset, round_first)
+        return None
+    total = x if residual is None else torch.empty_like(x)
     rstd = torch.empty_like(x[..., 0], dtype=torch.float32)
     if y.numel():
-        rows = _rows(x, order)
-        tiles, tile = _tiling(*rows.shape)
+        rows = as_rows(x, order)
+        added = None if residual is None else as_rows(residual, order)
+        tiles, tile = tiling(*rows.shape)
         launch: Any = _forward_kernel[(tiles,)]
-        scalars = len(rows), rows.stride(0), eps, offset
-        launch(rows, weight.contiguous(), y, rstd, *scalars, ROUND_FIRST=round_first, **tile)
-    return y, rstd
+        tensors = rows, added, _dense(weight), total if added is not None else None, y, rstd
+        scalars = len(rows), rows.stride(0), 0 if added is None else added.stride(0), eps, offset
+        launch(*tensors, *scalars, ROUND_FIRST=round_first, **tile)
+    return total, y, rstd
+
+
+def _run_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """The gradients of x and of the weight; None where the kernel does not apply."""
+    grad_x = torch.empty_like(x)
+    order = row_order(grad_x)
+    if order is None or not x.numel() or _supports(x, weight) is not None:
+        return None
+    need_x, need_weight = needs
+    tiles, tile = tiling(math.prod(x.shape[:-1]), x.shape[-1])
+    programs = programs_that_sum(tiles, x.device) if need_weight else tiles
+    partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32) if need_weight else None
+    if any(needs):
+        grad, x, rstd = as_rows(grad, order), as_rows(x, order), rstd.permute(order[:-1]).contiguous()
+        added = None if grad_total is None else as_rows(grad_total, order)
+        launch: Any = _backward_kernel[(programs,)]
+        tensors = grad, added, x, _dense(weight), rstd, grad_x, partial
+        scalars = len(x), grad.stride(0), 0 if added is None else added.stride(0), x.stride(0), offset
+        launch(*tensors, *scalars, NEED_X=need_x, NEED_WEIGHT=need_weight, **tile)
+    grad_weight = None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
+    return grad_x if need_x else None, grad_weight
+
+
+def _dense(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    results = _run_forward(x, None, *others)
+    return _reference(x, *others) if results is None else results[1:]
 
 
 def _backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     rstd: Tensor,
     eps: float,
     offset: float,
     round_first: bool,
     needs: list[bool],
+    grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    grad_x = torch.empty_like(x)
-    order = _row_order(grad_x)
-    if order is None or not x.numel() or _supports(x, weight) is not None:
-        return _reference_backward(grad, x, weight, rstd, eps, offset, round_first, needs)
-    need_x, need_weight = needs
-    tiles, tile = _tiling(math.prod(x.shape[:-1]), x.shape[-1])
-    programs = min(tiles, PROGRAMS_PER_PROCESSOR * _processors(x.device)) if need_weight else tiles
-    partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32) if need_weight else None
-    if any(needs):
-        grad, x, rstd = _rows(grad, order), _rows(x, order), rstd.permute(order[:-1]).contiguous()
-        launch: Any = _backward_kernel[(programs,)]
-        tensors = grad, x, weight.contiguous(), rstd, grad_x, partial
-        scalars = len(x), grad.stride(0), x.stride(0), offset
-        launch(*tensors, *scalars, NEED_X=need_x, NEED_WEIGHT=need_weight, **tile)
-    grad_weight = partial.sum(0).to(weight.dtype) if partial is not None else None
-    return grad_x if need_x else None, grad_weight
+    results = _run_backward(grad, grad_total, x, weight, rstd, offset, needs)
+    if results is None:
+        return _reference_backward(grad, x, weight, rstd, eps, offset, round_first, needs, grad_total)
+    return results
 
 
-# -- the operator ------------------------------------------------------------------------------------------------------
+def _add_forward(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_forward(x, residual, *others) or _add_reference(x, residual, *others)
 
 
-def _supports(x: Tensor, weight: Tensor, *_: Any) -> str | None:
-    if x.dim() == 0 or weight.dim() != 1 or not statically_known_true(weight.shape[0] == x.shape[-1]):
-        return f"the weight's shape {tuple(weight.shape)} is not the last dimension of x {tuple(x.shape)}"
+def _add_backward(grad_total: Tensor, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    return _backward(grad_y, *others, grad_total)
+
+
+# -- the operators -----------------------------------------------------------------------------------------------------
+
+
+def _supports(x: Tensor, weight: Tensor | None, *_: Any) -> str | None:
     kernel_dtypes = torch.bfloat16, torch.float16, torch.float32
-    return too_wide(x, MAX_HIDDEN) or dtype_is(x, *kernel_dtypes) or dtype_is(weight, *kernel_dtypes)
+    if x.dim() == 0:
+        return "x has no dimension"
+    if weight is not None:
+        if weight.dim() != 1 or not statically_known_true(weight.shape[0] == x.shape[-1]):
+            return f"the weight's shape {tuple(weight.shape)} is not the last dimension of x {tuple(x.shape)}"
+        if reason := dtype_is(weight, *kernel_dtypes):
+            return reason
+    return too_wide(x, MAX_HIDDEN) or dtype_is(x, *kernel_dtypes)
+
+
+def _add_supports(x: Tensor, residual: Tensor, weight: Tensor | None, *_: Any) -> str | None:
+    if x.dtype != residual.dtype:
+        return f"x is {x.dtype} and the residual is {residual.dtype}"
+    if x.dim() != residual.dim() or not statically_known_true(sym_eq(tuple(x.shape), tuple(residual.shape))):
+        return f"x {tuple(x.shape)} and the residual {tuple(residual.shape)} are not known to have one shape"
+    return _supports(x, weight)
 
 
 rms_norm = operator(
-    "rms_norm(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> (Tensor y, Tensor rstd)",
+    "rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool round_first) -> (Tensor y, Tensor rstd)",
     reference=_reference,
     reference_backward=_reference_backward,
     forward=_forward,
@@ -268,4 +316,20 @@ rms_norm = operator(
     supports=_supports,
     flops=lambda x, *_: 4 * x.numel(),
     backward_flops=lambda x, *_: 9 * x.numel(),
+)
+
+add_rms_norm = operator(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, bool round_first)"
+    " -> (Tensor total, Tensor y, Tensor rstd)",
+    reference=_add_reference,
+    reference_backward=_add_reference_backward,
+    forward=_add_forward,
+    backward=_add_backward,
+    saves="total weight rstd",
+    differentiable="x weight",
+    same_gradient={"residual": "x"},
+    gradients_of="total y",
+    supports=_add_supports,
+    flops=lambda x, *_: 5 * x.numel(),
+    backward_flops=lambda x, *_: 10 * x.numel(),
 )

@@ -65,7 +65,8 @@ def _consumed(
     known = {v for v in found.captures.values() if isinstance(v, fx.Node) and v not in found.interior}
     free = []
     for node in sorted(found.interior - {anchor}, key=order.__getitem__):
-        if (is_cast(node) or _is_view(node)) and known.issuperset(node.all_input_nodes):
+        read = node.args[:1] if is_cast(node) else node.all_input_nodes  # type_as reads its second tensor's type alone
+        if (is_cast(node) or _is_view(node)) and known.issuperset(read):
             known.add(node)
             free.append(node)
     interior = set(found.interior)

@@ -1,6 +1,8 @@
-"""rms_norm: the three places where models round, forward and both gradients, against float64."""
+"""rms_norm and add_rms_norm: the three places where models round, forward and every gradient, against float64."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from tests.kernels.oracle import (
     reference_backward,
     reference_forward,
 )
-from unsloth.kernels.rms_norm import MAX_HIDDEN, rms_norm
+from unsloth.kernels.operator import Operator
+from unsloth.kernels.rms_norm import add_rms_norm, rms_norm
+from unsloth.kernels.rows import MAX_HIDDEN
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -35,14 +39,21 @@ LLAMA, GEMMA, OLMO = (0.0, True), (1.0, False), (0.0, False)
 SHAPES = [(17, 64), (3, 80), (1, 257), (3, 1), (2, 5, 1030), (2, 3, 4, 96)]
 
 
-def eager(x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+def eager(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:
     """As transformers writes it."""
     wide = x.double() if x.dtype == F64 else x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return (normed * offset).to(x.dtype)
     if round_first:
         return weight * normed.to(x.dtype)
     scale = weight.to(wide.dtype)
     return (normed * (offset + scale) if offset else scale * normed).to(x.dtype)
+
+
+def eager_sum(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    total = residual + x
+    return total, eager(total, *others)
 
 
 def make(
@@ -60,6 +71,17 @@ def make(
     return x, weight.to(weight_dtype or dtype), eps, *variant
 
 
+def make_sum(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, *options: Any) -> Arguments:
+    x, *others = make(shape, dtype, seed, *options)
+    generator = torch.Generator(DEVICE).manual_seed(100 + seed)
+    return x, torch.randn(shape, generator=generator, device=DEVICE).to(dtype), *others
+
+
+def without_weight(args: Arguments, offset: float = 1.0) -> Arguments:
+    *tensors, _, eps, _, round_first = args
+    return *tensors, None, eps, offset, round_first
+
+
 # -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +94,58 @@ def test_accurate(variant: tuple[float, bool]) -> None:
         dtypes=[F32, BF16, F16, F64],
         shapes=SHAPES,
     )
+
+
+@pytest.mark.parametrize("offset", [1.0, 0.125])
+def test_accurate_without_weight(offset: float) -> None:
+    """The plain norm, and the L2 norm, which is a scaled one."""
+
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Arguments:
+        return without_weight(make(shape, dtype, seed), offset)
+
+    def alone(x: Tensor, *others: Any) -> Tensor:
+        return eager(x, *others)
+
+    assert_accurate(rms_norm, arguments, alone, dtypes=[F32, BF16, F64], shapes=[(17, 64), (2, 5, 257)])
+
+
+@pytest.mark.parametrize("variant", [LLAMA, GEMMA, OLMO])
+def test_accurate_of_a_sum(variant: tuple[float, bool]) -> None:
+    """Eager's own sum is rounded too, so that both implementations normalise what eager does."""
+
+    def arguments(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Arguments:
+        return make_sum(shape, dtype, seed, variant)
+
+    assert_accurate(add_rms_norm, arguments, eager_sum, dtypes=[F32, HALF, F64], shapes=SHAPES)
+    assert_accurate(
+        add_rms_norm, lambda *a: without_weight(arguments(*a)), eager_sum, dtypes=[F32, HALF], shapes=SHAPES[:2]
+    )
+
+
+def test_the_sum_is_rounded_before_it_is_normalised() -> None:
+    """Bitwise eager's, where normalising the exact sum would differ."""
+    args = make_sum((64, 128), HALF)
+    total, y, _ = kernel_forward(add_rms_norm, *args)
+    assert torch.equal(total, args[0] + args[1])
+    torch.testing.assert_close((total, y), eager_sum(*args))
+    reference = reference_forward(add_rms_norm, *args)
+    assert torch.equal(reference[1], eager_sum(*args)[1])
+    exact = eager(args[0].float() + args[1].float(), *args[2:]).to(HALF)
+    assert not torch.equal(reference[1], exact)
+
+
+def test_the_residuals_gradient_is_that_of_x() -> None:
+    """Through autograd, with both results used, with one, and with one input that wants none."""
+    x, residual, weight, *others = make_sum((5, 80), F64)
+    for of_total, of_y in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.0)):
+        for wanted in ("both", "x", "residual"):
+            x.requires_grad_(wanted != "residual"), residual.requires_grad_(wanted != "x")
+            leaves = [t for t in (x, residual, weight.requires_grad_()) if t.requires_grad]
+            gradients = []
+            for total, y in (add_rms_norm(x, residual, weight, *others)[:2], eager_sum(x, residual, weight, *others)):
+                loss = of_total * total.square().sum() + of_y * y.sin().sum()
+                gradients.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+            torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("variant", [LLAMA, GEMMA, OLMO])
@@ -175,13 +249,21 @@ def test_wide_rows(hidden: int) -> None:
     _assert_kernel_equals_reference(make((3, hidden), F32))
 
 
-def _assert_kernel_equals_reference(args: Arguments) -> None:
-    expected, outputs = reference_forward(rms_norm, *args), kernel_forward(rms_norm, *args)
+def _assert_kernel_equals_reference(args: Arguments, op: Operator = rms_norm) -> None:
+    expected, outputs = reference_forward(op, *args), kernel_forward(op, *args)
+    assert_same_layout(outputs, expected)
     torch.testing.assert_close(outputs, expected)
-    grads = random_grads(rms_norm, outputs)
-    torch.testing.assert_close(
-        kernel_backward(rms_norm, args, outputs, grads), reference_backward(rms_norm, args, expected, grads)
-    )
+    grads = random_grads(op, outputs)
+    torch.testing.assert_close(kernel_backward(op, args, outputs, grads), reference_backward(op, args, expected, grads))
+
+
+def test_sums_of_any_layout() -> None:
+    x, residual, *others = make_sum((3, 5, 2, 48), F32)
+    for left, right in ((x.transpose(0, 1), residual.transpose(0, 1)), (x, residual[:, :1].expand(3, 5, 2, 48))):
+        _assert_kernel_equals_reference((left, right, *others), add_rms_norm)
+        _assert_kernel_equals_reference((left, left, *others), add_rms_norm)
+    transposed = residual.transpose(0, 2).contiguous().transpose(0, 2)
+    _assert_kernel_equals_reference((x, transposed, *others), add_rms_norm)
 
 
 def test_no_rows() -> None:
@@ -204,11 +286,15 @@ def test_weight_gradient_is_the_same_every_time() -> None:
 
 def test_compiles() -> None:
     assert_compiles("""
-from unsloth.kernels.rms_norm import rms_norm
+from unsloth.kernels.rms_norm import add_rms_norm, rms_norm
 for hidden, dtype in ((4096, torch.bfloat16), (257, torch.float32)):
     x, weight = torch.empty(64, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
     y, rstd = rms_norm.forward(x, weight, 1e-5, 0.0, True)
     rms_norm.backward(y, x, weight, rstd, 1e-5, 0.0, True, [True, True])
+    total, y, rstd = add_rms_norm.forward(x, x, weight, 1e-5, 0.0, True)
+    add_rms_norm.backward(total, y, total, weight, rstd, 1e-5, 0.0, True, [True, True])
+    y, rstd = rms_norm.forward(x, None, 1e-5, 1.0, False)
+    rms_norm.backward(y, x, None, rstd, 1e-5, 1.0, False, [True, False])
 """)
 
 
@@ -217,6 +303,8 @@ for hidden, dtype in ((4096, torch.bfloat16), (257, torch.float32)):
 
 def test_skips_unneeded_gradients() -> None:
     assert_skips_unneeded(rms_norm, *make((5, 80), F32))
+    assert_skips_unneeded(rms_norm, *without_weight(make((5, 80), F32)))
+    assert_skips_unneeded(add_rms_norm, *make_sum((5, 80), F32))
 
 
 def test_frozen_weight_gets_no_gradient() -> None:
@@ -230,13 +318,18 @@ def test_frozen_weight_gets_no_gradient() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck(transposed: bool) -> None:
     x, *others = make((2, 3, 5, 48), F32)
-    opcheck(rms_norm, x.transpose(1, 2) if transposed else x, *others)
+    x = x.transpose(1, 2) if transposed else x
+    opcheck(rms_norm, x, *others)
+    opcheck(rms_norm, *without_weight((x, *others)))
+    opcheck(add_rms_norm, x, x.flip(0), *others)
 
 
 def test_symbolic_sizes_are_not_guarded_on() -> None:
     x, *others = make((3, 5, 7, 48), BF16)
     assert_symbolic(rms_norm, x, *others)
     assert_symbolic(rms_norm, x.transpose(1, 2), *others)
+    assert_symbolic(rms_norm, *without_weight((x, *others)))
+    assert_symbolic(add_rms_norm, x, x, *others)
 
 
 def test_supports_says_why_not() -> None:
@@ -249,7 +342,11 @@ def test_supports_says_why_not() -> None:
     assert "last dimension" in reason(x, weight[:-1]) and "last dimension" in reason(x, weight.expand(3, 80))
     assert "float64" in reason(x.double(), weight) and "float64" in reason(x, weight.double())
     wide = torch.empty(1, MAX_HIDDEN + 1, device=DEVICE)
-    assert str(MAX_HIDDEN) in reason(wide, wide[0])
+    assert str(MAX_HIDDEN) in reason(wide, wide[0]) and str(MAX_HIDDEN) in (rms_norm.supports(wide, None) or "")
+    assert add_rms_norm.supports(x, x, weight, *others) is None
+    assert "the residual is torch.bfloat16" in (add_rms_norm.supports(x, x.bfloat16(), weight, *others) or "")
+    assert "one shape" in (add_rms_norm.supports(x, x[:1], weight, *others) or "")
+    assert "last dimension" in (add_rms_norm.supports(x, x, weight[:-1], *others) or "")
 
 
 def test_what_it_does_not_support_still_computes() -> None:
@@ -265,3 +362,6 @@ def test_costs() -> None:
     args = make((3, 80), BF16)
     assert rms_norm.flops(*args) > 0 and rms_norm.backward_flops(*args) > 0
     assert rms_norm.bytes(*args) == 2 * (3 * 80) * 2 + 80 * 2 + 3 * 4
+    args = make_sum((3, 80), BF16)
+    assert add_rms_norm.flops(*args) > rms_norm.flops(*args) > 0
+    assert add_rms_norm.bytes(*args) == 4 * (3 * 80) * 2 + 80 * 2 + 3 * 4

@@ -25,27 +25,30 @@ SIZES = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-# Norms per layer (one more follows the last), where they round in bfloat16, and the gated unit.
+# Norms per layer (one more follows the last), where they round in bfloat16, the rotation, and the gated unit.
 EXPECTED = {
-    "llama": (2, "round, then scale", "swiglu"),
-    "mistral": (2, "round, then scale", "swiglu"),
-    "qwen3": (4, "round, then scale", "swiglu"),
-    "phi3": (2, "round, then scale", "swiglu"),
-    "gemma2": (4, "zero-centred weight", "geglu tanh"),
-    "olmo2": (4, "scale, then round", "swiglu"),
+    "llama": (2, "round, then scale", "half rotation", "swiglu"),
+    "mistral": (2, "round, then scale", "half rotation", "swiglu"),
+    "qwen3": (4, "round, then scale", "half rotation", "swiglu"),
+    "phi3": (2, "round, then scale", "half rotation", "swiglu"),
+    "gemma2": (4, "zero-centred weight", "half rotation", "geglu tanh"),
+    "olmo2": (4, "scale, then round", "half rotation", "swiglu"),
+    "ernie4_5": (2, "round, then scale", "interleaved, a table per pair", "swiglu"),
+    "glm": (2, "round, then scale", "interleaved, a table per pair", "swiglu"),
 }
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dynamic"), [*((name, False) for name in EXPECTED), ("qwen3", True), ("phi3", True)]
+    ("architecture", "dynamic"),
+    [*((name, False) for name in EXPECTED), ("qwen3", True), ("phi3", True), ("ernie4_5", True)],
 )
 def test_everything_is_found_and_rewritten(architecture: str, dynamic: bool) -> None:
-    norms, rounding, unit = EXPECTED[architecture]
+    norms, rounding, rotation, unit = EXPECTED[architecture]
     model = _build(architecture).to(torch.bfloat16)
     _, reports = run_passes(_graph(model, dynamic), RECOGNISERS, strict=True)
     assert [site for report in reports for site in report.missed] == []
     details = Counter(site.detail for report in reports for site in report.rewritten)
-    assert details == {rounding: norms * LAYERS + 1, "half rotation": LAYERS, unit: LAYERS}
+    assert details == {rounding: norms * LAYERS + 1, rotation: LAYERS, unit: LAYERS}
     assert all(site.module and site.source_line for report in reports for site in report.rewritten)
 
 
@@ -56,12 +59,11 @@ def test_under_autocast() -> None:
 
 
 def test_other_layouts_are_near_misses_with_a_source_line() -> None:
-    model = _build("cohere")  # LayerNorm without bias, interleaved rotation
+    model = _build("cohere")  # LayerNorm without bias
     _, reports = run_passes(_graph(model, dynamic=False), RECOGNISERS, strict=True)
     norms, rotations, units = reports
     assert {site.detail for site in norms.missed} == {"x is not the same value twice"}
-    assert {site.detail for site in rotations.missed} == {"it rotates interleaved pairs, not halves"}
-    assert len(norms.missed) == LAYERS + 1 and len(rotations.missed) == 2 * LAYERS and len(units.rewritten) == LAYERS
+    assert len(norms.missed) == LAYERS + 1 and len(rotations.rewritten) == len(units.rewritten) == LAYERS
     assert all("modeling_" in (site.source_line or "") for report in reports for site in report.missed)
 
 

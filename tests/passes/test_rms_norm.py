@@ -131,15 +131,61 @@ def test_norm_over_another_axis_is_refused() -> None:
     assert_misses(RECOGNISER, over_positions, *inputs(torch.float32), because="not over the last dimension")
 
 
-def test_norm_by_the_sum_is_refused() -> None:
-    def l2_norm(x: Tensor, weight: Tensor) -> Tensor:
-        return weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6))
-
-    assert_misses(RECOGNISER, l2_norm, *inputs(torch.float32), because="expected mean, found sum")
+def without_weight(x: Tensor) -> Tensor:
+    return normalise(x).type_as(x)
 
 
-def test_norm_without_weight_is_refused() -> None:
-    assert_misses(RECOGNISER, normalise, inputs(torch.float32)[0], because="there is no weight")
+def l2_norm(x: Tensor) -> Tensor:
+    return (x.float() * torch.rsqrt((x.float() * x.float()).sum(dim=-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize(("norm", "variant"), [(without_weight, "without weight"), (l2_norm, "L2 norm")])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_rewrites_norms_without_weight(norm, variant: str, dynamic: bool) -> None:
+    x, _ = inputs(torch.float32)
+    assert_rewrites(RECOGNISER, norm, x, to="rms_norm", variant=variant, dynamic=dynamic)
+    x, _ = inputs(torch.bfloat16)
+    assert_rewrites(RECOGNISER, norm, x, to="rms_norm", variant=variant, tolerance=2e-2)
+
+
+def test_a_norm_of_a_norm_that_others_read() -> None:
+    """In float32 the conversion between them does nothing, and stays for its other reader."""
+
+    def twice(x: Tensor) -> Tensor:
+        once = without_weight(x)
+        return once + without_weight(once)
+
+    assert_rewrites(RECOGNISER, twice, inputs(torch.float32)[0], to="rms_norm", variant="without weight", count=2)
+
+
+def test_what_follows_a_norm_without_weight_stays() -> None:
+    """A gate, as in Mamba 2, or a factor per position is no weight."""
+
+    def gated(x: Tensor, gate: Tensor) -> Tensor:
+        return without_weight(x) * torch.nn.functional.silu(gate)
+
+    def tempered(x: Tensor, factor: Tensor) -> Tensor:
+        return without_weight(x) * factor
+
+    x, _ = inputs(torch.float32)
+    assert_rewrites(RECOGNISER, gated, x, torch.randn_like(x), to="rms_norm", variant="without weight")
+    factor = torch.randn(1, LENGTH, 1)
+    assert_rewrites(RECOGNISER, tempered, x, factor, to="rms_norm", variant="without weight")
+
+
+def test_a_projection_scaled_by_the_norm_is_refused() -> None:
+    def scaled_after(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight) * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+    x, _ = inputs(torch.float32)
+    assert_misses(RECOGNISER, scaled_after, x, torch.randn(3, 24), because="the projection of x is scaled")
+
+
+def test_a_norm_by_the_largest_value_is_refused() -> None:
+    def by_maximum(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().amax(-1, keepdim=True) + 1e-6)
+
+    assert_misses(RECOGNISER, by_maximum, inputs(torch.float32)[0], because="expected mean, found amax")
 
 
 def test_a_result_that_is_never_rounded_is_a_norm_of_the_widened_x() -> None:
@@ -155,10 +201,9 @@ def test_float32_weight_scales_the_rounded_value() -> None:
     assert_rewrites(RECOGNISER, round_then_scale, x, weight, to="rms_norm", variant="round, then scale", tolerance=2e-2)
 
 
-def test_weight_per_head_is_refused() -> None:
-    gm = trace(round_then_scale, torch.randn(2, LENGTH, 3, 8), torch.randn(3, 8))
-    _, (report,) = run_passes(gm, [RECOGNISER], strict=True)
-    assert not report.rewritten and "the weight's shape (3, 8)" in report.missed[0].detail
+def test_weight_per_head_stays_outside() -> None:
+    x, weight = torch.randn(2, LENGTH, 3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    assert_rewrites(RECOGNISER, round_then_scale, x, weight, to="rms_norm", variant="without weight")
 
 
 def test_tensor_epsilon_is_refused() -> None:
