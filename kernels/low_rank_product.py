@@ -253,7 +253,12 @@ class Operands(NamedTuple):
     def sizes(self) -> tuple[int, int, tuple[int, ...], int]:
         """M, N, each pair's K, and rank."""
         (a, b), *_ = self.pairs
-        return a.shape[0], b.shape[0 if self.transposed else 1], tuple(a.shape[1] for a, _ in self.pairs), self.p.shape[1]
+        return (
+            a.shape[0],
+            b.shape[0 if self.transposed else 1],
+            tuple(a.shape[1] for a, _ in self.pairs),
+            self.p.shape[1],
+        )
 
     def product(self) -> Tensor:
         M, N, _, _ = self.sizes()
@@ -306,8 +311,7 @@ def _with_descriptors(operands: Operands, tiling: Tiling) -> Tensor:
     bm, bn = tiling.rows, tiling.columns
     blocks = [bm, BLOCK_K], [bn, BLOCK_K] if operands.transposed else [BLOCK_K, bn]
     descriptors = [
-        None if x is None else TensorDescriptor.from_tensor(x, blocks[i % 2])
-        for i, x in enumerate(operands.matrices())
+        None if x is None else TensorDescriptor.from_tensor(x, blocks[i % 2]) for i, x in enumerate(operands.matrices())
     ]
     tiles = _ceil(numbers[0], bm) * _ceil(numbers[1], bn)
     launch: Any = _descriptor_kernel[(min(tiles, tiling.resident * _multiprocessors(y.device)),)]
@@ -354,6 +358,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 # -- choice of a tiling ------------------------------------------------------------------------------------------------
+
 
 @functools.cache
 def _estimated(M: int, N: int, multiprocessors: int) -> Tiling:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Pace:
-    """Measures tokens per second between logs, the first step (compilation) and evaluations left out.
+    """Measures tokens per second between logs; steps that compile and evaluations are left out.
 
     Attributes:
         first_step_seconds: wall time of the first step, None before it.
@@ -26,22 +26,29 @@ class Pace:
         self._tokens: Any = 0
         self._lap_tokens: Any = 0
 
-    def add(self, tokens: Tensor | int) -> None:
-        if self.first_step_seconds is not None:
-            self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
-
     def start(self) -> None:
         """Training begins."""
         self._created = time.perf_counter()
 
-    def after_step(self) -> None:
+    def after_step(self, tokens: Tensor | int, compiling_since: float | None = None) -> None:
+        """A step of so many real (not padding) tokens is done.
+
+        Args:
+            tokens: a number, or a tensor that is read when the rate is asked for.
+            compiling_since: when the step began (``time.perf_counter()``), if a graph was compiled in it.
+        """
         if self.first_step_seconds is None:
             _wait_for_device()
             self.first_step_seconds = time.perf_counter() - self._created
             self._started = time.perf_counter()
+        elif compiling_since is not None and self._started is not None:
+            _wait_for_device()
+            self._started += time.perf_counter() - compiling_since
+        else:
+            self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
 
     def lap(self) -> float | None:
-        """Real (not padding) tokens per second since the last lap; None before the second step."""
+        """Tokens per second since the last lap; None before the second step."""
         self._stop()
         rate = float(self._lap_tokens) / self._lap_seconds if self._lap_seconds and float(self._lap_tokens) else None
         self._lap_tokens, self._lap_seconds = 0, 0.0

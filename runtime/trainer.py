@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -137,13 +138,15 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
+        self._lengths_vary = not _one_length(self.train_dataset)
+        if "cuda_graphs" not in (options or {}):
+            self.options = replace(self.options, cuda_graphs=self._repeats_exactly())
         self._step = self._evaluation = causal_lm_step
         if compile:
             self._step = compiled(causal_lm_step, self.options, self._reports)
             # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
             without_inductor = replace(self.options, lowering="eager")
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
-        self._lengths_vary = not _one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
         ):  # elsewhere a batch without padding is a chance, not worth a graph of its own
@@ -158,6 +161,12 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
         return Explanation(describe(self.model), list(self._reports))
+
+    def _repeats_exactly(self) -> bool:
+        """Whether steps can be recorded as a CUDA graph: one size, one process, gradients small enough to be copied."""
+        adapters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        small = self.args.gradient_accumulation_steps == 1 or 10 * adapters < self.model.num_parameters()
+        return self.args.device.type == "cuda" and self.args.world_size == 1 and not self._lengths_vary and small
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -189,24 +198,32 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
             self._record()
         return loss
 
-    def _record(self) -> None:
-        """Note the metrics as tensors: reading them here would make every step wait for the device."""
+    def _record(self) -> Tensor | int:
+        """Note the metrics as tensors: reading them here would make every step wait for the device.
+
+        Returns:
+            the number of real (not padding) tokens.
+        """
         if not self._seen:
-            return
+            return 0
         mode = "train" if self.model.training else "eval"
         steps = [step for step, _ in self._seen]
         entropy, correct, trained = (torch.stack([step[i] for step in steps]).sum() for i in (1, 2, 3))
         self._metrics[mode]["entropy"].append(entropy / trained.clamp(min=1))
         self._metrics[mode]["mean_token_accuracy"].append(correct / trained.clamp(min=1))
+        tokens = sum(tokens for _, tokens in self._seen)
         if mode == "train":
-            tokens = sum(tokens for _, tokens in self._seen)
-            self.pace.add(tokens)
             self._total_train_tokens = self._total_train_tokens + tokens
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         self._seen.clear()
+        return tokens
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        step = super().training_step
+        started, graphs = time.perf_counter(), len(self._reports)
+
+        def step(*args: Any) -> Tensor:
+            return self._lasting(super(SFTTrainer, self).training_step(*args))
+
         if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
@@ -217,9 +234,21 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         else:
             loss = step(model, inputs, num_items_in_batch)
         self._done += 1
-        self._record()
-        self.pace.after_step()
+        self.pace.after_step(self._record(), started if len(self._reports) > graphs else None)
         return loss
+
+    def _lasting(self, loss: Tensor) -> Tensor:
+        """The loss, and gradients and metrics, moved out of recorded memory, which the next forward overwrites."""
+        if not self.options.cuda_graphs:
+            return loss
+        if self._smaller.parts > 1 or not self.accelerator.sync_gradients:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+        self._seen = [
+            (StepOutput(*(value.detach().clone() for value in output)), tokens) for output, tokens in self._seen
+        ]
+        return loss.clone()
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""

@@ -99,9 +99,7 @@ def test_updates_are_added_before_rounding(count: int, implementation: str) -> N
     grads = random_grads(op, outputs)
     dx = backward(op, args, outputs, grads)[0]
     bare = [a if not isinstance(a, Tensor) or i != 1 else a * 0 for i, a in enumerate(args)]
-    for got, whole, base in zip(
-        (*outputs[:count], dx), in_double(args, grads), in_double(bare, grads), strict=True
-    ):
+    for got, whole, base in zip((*outputs[:count], dx), in_double(args, grads), in_double(bare, grads), strict=True):
         update = whole - base
         assert float(update.norm() / base.norm()) < 2e-3
         kept = float(((got.double() - base) * update).sum() / update.square().sum())

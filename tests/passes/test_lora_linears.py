@@ -23,7 +23,9 @@ WIDTH, RANK = 16, 4
 class Adapted(nn.Module):
     """As PEFT computes it, B not zero."""
 
-    def __init__(self, out: int, *, bias: bool = False, dropout: float = 0.0, adapter: torch.dtype | None = None) -> None:
+    def __init__(
+        self, out: int, *, bias: bool = False, dropout: float = 0.0, adapter: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.base = nn.Linear(WIDTH, out, bias=bias).requires_grad_(False)
         self.A, self.B = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, out, bias=False)
@@ -85,9 +87,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(
-    ("count", "groups"), [(2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2]), (1, [])]
-)
+@pytest.mark.parametrize(("count", "groups"), [(2, [2]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2]), (1, [])])
 def test_layers_that_share_their_input_become_one(count: int, groups: list[int], dynamic: bool) -> None:
     calls, report = compare(Model(count, bias=count == 3), x(), dynamic=dynamic)
     assert [s.detail for s in report.rewritten] == [f"{n} layers" for n in groups] and not report.missed

@@ -155,20 +155,21 @@ def test_step_metrics_against_their_definitions() -> None:
     assert int(step.tokens) == int(trained.sum())
 
 
-def test_pace_leaves_out_the_first_step_and_pauses(monkeypatch) -> None:
+def test_pace_leaves_out_compilation_and_pauses(monkeypatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     pace = Pace()
 
-    def step(tokens: int, seconds: float) -> None:
-        pace.add(tokens)
+    def step(tokens: int, seconds: float, *, compiles: bool = False) -> None:
+        started = clock[0]
         clock[0] += seconds
-        pace.after_step()
+        pace.after_step(tokens, started if compiles else None)
 
     step(1000, 50.0)
     assert pace.first_step_seconds == 50.0 and pace.tokens_per_second is None and pace.lap() is None
     step(100, 1.0)
     step(100, 1.0)
+    step(100, 30.0, compiles=True)
     assert pace.lap() == pytest.approx(100)
     with pace.paused():
         clock[0] += 1000
