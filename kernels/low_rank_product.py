@@ -7,9 +7,9 @@ do, its gradient is a sum over them, and their products share the accumulator to
 it adds what another product made, and so loses updates below half a unit in the last place, as eager PEFT does.
 
 The update needs no product of its own, because a b + p q = [a p] [b; q]: the loop over K runs on into p and q. The two
-concatenations are never made, a step only picks which matrices it reads from (a₂ and b₂ likewise). On Hopper a step is a pair of copies by
-the tensor memory accelerator, which fills with zeros what lies outside a matrix, so rank, K, M and N need fit no tile,
-and the choice is one select of a descriptor's address.
+concatenations are never made, a step only picks which matrices it reads from (a₂ and b₂ likewise). On Hopper a step is
+a pair of copies by the tensor memory accelerator, which fills with zeros what lies outside a matrix, so rank, K, M and
+N need fit no tile, and the choice is one select of a descriptor's address.
 
 Cost: 2 M N (K + rank rounded up to 64) operations, that is 1.6% above the plain product for K = 4096 and a rank up to
 64, and no traffic besides p and q. With a library the small product is written and read again: 0.27 GB or 0.09 ms for
@@ -145,10 +145,10 @@ def _descriptor_kernel(
         product = tl.zeros((BM, BN), dtype=tl.float32)
         for step in range(all_steps):
             left, right, k = p, q, (step - end3) * BK
-            if a3 is not None:
+            if a3 is not None:  # noqa: SIM102  decided when compiling
                 if step < end3:
                     left, right, k = a3, b3, (step - end2) * BK
-            if a2 is not None:
+            if a2 is not None:  # noqa: SIM102
                 if step < end2:
                     left, right, k = a2, b2, (step - end) * BK
             if step < end:
@@ -210,10 +210,10 @@ def _pointer_kernel(
     product = tl.zeros((BM, BN), dtype=tl.float32)
     for step in range(all_steps):
         left, right, left_pitch, right_pitch, k, depth = p, q, p_pitch, q_pitch, (step - end3) * BK, rank
-        if a3 is not None:
+        if a3 is not None:  # noqa: SIM102  decided when compiling
             if step < end3:
                 left, right, left_pitch, right_pitch, k, depth = a3, b3, a3_pitch, b3_pitch, (step - end2) * BK, K3
-        if a2 is not None:
+        if a2 is not None:  # noqa: SIM102
             if step < end2:
                 left, right, left_pitch, right_pitch, k, depth = a2, b2, a2_pitch, b2_pitch, (step - end) * BK, K2
         if step < end:

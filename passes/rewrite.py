@@ -204,7 +204,7 @@ def _place(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> f
 
 
 def _late(match: Match, order: dict[fx.Node, int], region: Mapping[fx.Node, Region]) -> list[fx.Node]:
-    """What has to move before the first output for the arguments to exist there, in order; nothing if that is unsound."""
+    """What has to move before the first output for the arguments to exist there, in order; none if it may not."""
     if not (graded := _graded(match)):
         return []
     first = min(graded, key=order.__getitem__)

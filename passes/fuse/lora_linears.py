@@ -22,7 +22,7 @@ MOST = max(LORA_LINEARS)
 
 
 class LoraLinears:
-    """Finds adapted linear layers that share their input; an adapter with dropout reads another tensor than its base."""
+    """Finds adapted linear layers that share their input. With dropout an adapter reads another than its base."""
 
     name = "lora_linears"
 

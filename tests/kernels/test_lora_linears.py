@@ -43,7 +43,7 @@ def arguments(
     *,
     with_bias: bool = False,
 ) -> tuple[Any, ...]:
-    """x, A, weights, biases, Bs, scales; the Bs are not zero, as they start out, and only the first bias may be there."""
+    """x, A, weights, biases, Bs, scales; the Bs are not zero, as they start out; only the first bias may be there."""
     outs, ranks = outs[:count], ranks[:count]
     seeds = itertools.count(50 * seed)
 
@@ -167,7 +167,7 @@ def test_autograd(count: int) -> None:
     ours, theirs = with_gradients(op, args), with_gradients(op, args)
     *ys, xa = op(*ours)
     assert not xa.requires_grad
-    for results, leaves in ((ys, ours), (eager(*theirs), theirs)):
+    for results in (ys, eager(*theirs)):
         sum((y.square().sum() * (i + 1) for i, y in enumerate(results)), torch.zeros((), device=DEVICE)).backward()
     for mine, other in zip(ours, theirs, strict=True):
         if isinstance(mine, Tensor) and mine.requires_grad:

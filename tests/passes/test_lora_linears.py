@@ -29,8 +29,6 @@ class Adapted(nn.Module):
         super().__init__()
         self.base = nn.Linear(WIDTH, out, bias=bias).requires_grad_(False)
         self.A, self.B = nn.Linear(WIDTH, RANK, bias=False), nn.Linear(RANK, out, bias=False)
-        self.A.to(adapter)
-        self.B.to(adapter)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

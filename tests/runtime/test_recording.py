@@ -41,6 +41,11 @@ def losses(tmp_path: Any, parts: int = 1, **settings: Any) -> tuple[list[dict[st
     return history(made), made
 
 
+def recording(tmp_path: Any, accumulated: int, model: Any = None, options: Any = None) -> Any:
+    settings = {"gradient_accumulation_steps": accumulated, "more": {"options": options or {}}}
+    return trainer(SFTTrainer, tmp_path, model=model, rows=of_one_length(), **settings)
+
+
 @needs_gpu
 @pytest.mark.parametrize(("accumulated", "parts"), [(1, 1), (3, 1), (2, 2)])
 def test_recorded_steps_are_the_same_steps(tmp_path: Any, accumulated: int, parts: int) -> None:
