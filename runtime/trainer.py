@@ -139,8 +139,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
         self._lengths_vary = not _one_length(self.train_dataset)
-        if "cuda_graphs" not in (options or {}):
-            self.options = replace(self.options, cuda_graphs=self._repeats_exactly())
         self._step = self._evaluation = causal_lm_step
         if compile:
             self._step = compiled(causal_lm_step, self.options, self._reports)
@@ -161,12 +159,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
         return Explanation(describe(self.model), list(self._reports))
-
-    def _repeats_exactly(self) -> bool:
-        """Whether steps can be recorded as a CUDA graph: one size, one process, gradients small enough to be copied."""
-        adapters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        small = self.args.gradient_accumulation_steps == 1 or 10 * adapters < self.model.num_parameters()
-        return self.args.device.type == "cuda" and self.args.world_size == 1 and not self._lengths_vary and small
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -220,10 +212,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
-
-        def step(*args: Any) -> Tensor:
-            return self._lasting(super(SFTTrainer, self).training_step(*args))
-
+        step = super().training_step
         if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
@@ -236,19 +225,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         self._done += 1
         self.pace.after_step(self._record(), started if len(self._reports) > graphs else None)
         return loss
-
-    def _lasting(self, loss: Tensor) -> Tensor:
-        """The loss, and gradients and metrics, moved out of recorded memory, which the next forward overwrites."""
-        if not self.options.cuda_graphs:
-            return loss
-        if self._smaller.parts > 1 or not self.accelerator.sync_gradients:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
-        self._seen = [
-            (StepOutput(*(value.detach().clone() for value in output)), tokens) for output, tokens in self._seen
-        ]
-        return loss.clone()
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
