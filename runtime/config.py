@@ -6,19 +6,18 @@ Names are those of transformers and TRL. What is not listed here but is a field 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from ..compiler.options import OptionError, Options
 from ..passes.recognise import RECOGNISERS
 from .problems import DataError
+from .sft_settings import problem, sft_settings
 from .templates import Template
 
 TEMPLATES = ("prompt_template", "completion_template", "system_template")
@@ -80,6 +79,8 @@ class TrainConfig(BaseModel):
     compile: bool = Field(True, description="Run the step through the backend; false runs it eagerly.")
     options: dict[str, Any] = Field({}, description='The backend\'s options, such as {memory_budget: "20GiB"}.')
 
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
+
     @field_validator("dtype", mode="before")
     @classmethod
     def _spelled_out(cls, value: Any) -> Any:
@@ -101,6 +102,10 @@ class TrainConfig(BaseModel):
         Options.parse(value, passes=[r.name for r in RECOGNISERS])  # an OptionError is a ValueError
         return value
 
+    def place_of(self, name: str) -> str:
+        """Where a setting was given: ``file:line``, its flag, or where it should have been."""
+        return self._places.get(name, f"--{name.replace('_', '-')}")
+
     @property
     def sft(self) -> dict[str, Any]:
         """The settings that are handed on to TRL's ``SFTConfig``."""
@@ -108,13 +113,9 @@ class TrainConfig(BaseModel):
         return {**shared, "output_dir": str(self.output_dir), **(self.model_extra or {})}
 
 
-@functools.cache
 def sft_fields() -> frozenset[str]:
     """Names of all settings of TRL's ``SFTConfig``, transformers' ``TrainingArguments`` included."""
-    import trl
-
-    # Ours decides about the trusted code and the precision of the weights.
-    return frozenset(f.name for f in dataclasses.fields(trl.SFTConfig) if f.init) - {"trust_remote_code"}
+    return frozenset(sft_settings())
 
 
 def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -145,14 +146,37 @@ def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
     known = {*TrainConfig.model_fields, *sft_fields()}
     problems = [f"{where(n)}: unknown setting {n!r}{_did_you_mean(n, known)}" for n in given if n not in known]
+    others = [name for name in given if name in sft_settings() and name not in TrainConfig.model_fields]
+    problems += [f"{where(n)}: {n} {wrong}" for n in others if (wrong := problem(n, given[n])) is not None]
     try:
         config = TrainConfig.model_validate(given)
     except ValidationError as error:
         problems += [_worded(e, where) for e in error.errors()]
         raise ConfigError("\n".join(problems)) from None
+    config._places = {name: where(name) for name in given}
+    problems += [f"{where(name)}: {name} {wrong}" for name, wrong in _together(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Settings that are fine by themselves and do not go together."""
+    sft = config.sft
+    saves, evaluates = sft.get("save_strategy", "steps"), sft.get("eval_strategy", "no")
+    if config.load_in_4bit and not config.use_peft:
+        yield "load_in_4bit", "cannot be true without use_peft: 4-bit weights cannot be trained"
+    if evaluates != "no" and config.eval_dataset_name is None:
+        yield "eval_strategy", "needs an eval_dataset_name"
+    if sft.get("load_best_model_at_end") and saves not in (evaluates, "best"):
+        yield "load_best_model_at_end", f"needs eval_strategy and save_strategy to agree: {evaluates!r} and {saves!r}"
+    if sft.get("packing") and config.max_length is None:
+        yield "packing", "needs a max_length, to which rows are packed"
+    if sft.get("bf16") and sft.get("fp16"):
+        yield "fp16", "and bf16 cannot both be true"
+    if (config.prompt_template is None) != (config.completion_template is None):
+        there, missing = ("prompt", "completion") if config.prompt_template is not None else ("completion", "prompt")
+        yield f"{there}_template", f"needs a {missing}_template beside it, such as '{{answer}}'"
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:

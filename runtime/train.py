@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -27,15 +26,9 @@ from . import checkpoints
 from .config import TrainConfig
 from .curves import plot_loss
 from .data import Data, Templates, is_conversational, load_data
+from .outputs import check_output, check_space, save_strategy
 from .progress import ProgressBar
 from .trainer import SFTTrainer
-
-SPARE_BYTES = 64 * 2**20
-"""Disk space for what is small: configuration, log, curve."""
-
-
-class OutputError(ValueError):
-    """The results cannot be written where they should go."""
 
 
 class SavingError(OSError):
@@ -105,7 +98,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     set_seed(config.seed)
-    _check_output(config)
+    check_output(config)
     data = _data(config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.sft.get("use_cpu") else "cpu")
     has_template = "chat_template_path" in config.sft
@@ -119,7 +112,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         if not has_template and not tokenizer.chat_template:
             data = [d.without_chat() if d.is_pairs else d for d in data]
         model = _model(config, device)
-    _check_space(config, model)
+    check_space(config, model)
     for each in data:
         console.print(str(each), markup=False, highlight=False, soft_wrap=True)
     trainer = SFTTrainer(
@@ -225,14 +218,9 @@ def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
 
 def _unlogged(config: TrainConfig) -> dict[str, Any]:
     """The trainer's own settings, without its bars."""
-    saving = {"save_strategy": _save_strategy(config), "save_total_limit": 2}
+    saving = {"save_strategy": save_strategy(config), "save_total_limit": 2}
     settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.sft}
     return {name: value for name, value in settings.items() if name not in ("bf16", "fp16", "use_cpu")}
-
-
-def _save_strategy(config: TrainConfig) -> str:
-    """Adapters are small; a checkpoint of all parameters with Adam's moments is three times the model."""
-    return str(config.sft.get("save_strategy", "steps" if config.use_peft else "no"))
 
 
 def _stopped(trainer: SFTTrainer) -> str:
@@ -269,36 +257,6 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def _check_output(config: TrainConfig) -> None:
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output_dir {folder} is a file")
-    done = [n for n in ("adapter_config.json", "config.json") if (folder / n).exists()]
-    if done and not config.overwrite:
-        raise OutputError(f"output_dir {folder} already holds a model ({done[0]}); choose another, or set overwrite")
-    resume = config.sft.get("resume_from_checkpoint")
-    if resume and not (checkpoints.checkpoints(folder) if resume is True else Path(str(resume)).exists()):
-        wanted = f"checkpoint in {folder}" if resume is True else f"checkpoint {resume}"
-        raise checkpoints.CheckpointError(f"there is no {wanted} to resume from")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"output_dir {folder} cannot be written: {error.strerror}") from None
-
-
-def _check_space(config: TrainConfig, model: Any) -> None:
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # A checkpoint holds Adam's two moments as well; the third is being written while two are kept.
-    copies = 1 if _save_strategy(config) == "no" else 1 + 3 * 3
-    needed, free = trained * copies + SPARE_BYTES, shutil.disk_usage(config.output_dir).free
-    if free < needed:
-        raise OutputError(
-            f"output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; the run needs {needed / 2**20:,.0f} MiB"
-        )
 
 
 def _save(trainer: SFTTrainer, result: TrainResult) -> None:
