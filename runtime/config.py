@@ -65,6 +65,9 @@ class TrainConfig(BaseModel):
     )
     completion_template: str | None = Field(None, description='What is learnt, likewise: "{answer}".')
     system_template: str | None = Field(None, description="The system message of such pairs, likewise.")
+    chat_template: str | None = Field(
+        None, description="Instead of the tokenizer's own: chatml, llama-3, gemma, mistral, phi-3, …, or a .jinja file."
+    )
     strict_data: bool = Field(False, description="Refuse data with a bad row; false drops the row and says so.")
 
     output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .chat_templates import chat_template
 from .checkpoints import CheckpointError
 from .config import ConfigError, TrainConfig
 from .data import DataError, Preview, Templates, preview
@@ -54,6 +55,8 @@ def dry_run(config: TrainConfig) -> DryRun:
             named = next((n for n in config.model_fields_set if f"{n}:" in str(error)), setting)
             if isinstance(error, CheckpointError):
                 named = "resume_from_checkpoint"
+            elif config.chat_template is not None and "chat template" in str(error).replace("_", " "):
+                named = "chat_template"
             problems.append(f"{config.place_of(named)}: {error}")
             return None
 
@@ -132,8 +135,12 @@ def _tokenizer(config: TrainConfig, data: Preview | None) -> Any:
 
     if config.gguf_file or config.model_name_or_path.endswith(".gguf"):
         return None  # takes seconds to read
-    chats = data is not None and data.is_chat and "chat_template_path" not in config.sft
-    return load_tokenizer(config.model_name_or_path, require_chat_template=chats)
+    template = None if config.chat_template is None else chat_template(config.chat_template)
+    chats = data is not None and data.is_chat and template is None and "chat_template_path" not in config.sft
+    tokenizer = load_tokenizer(config.model_name_or_path, require_chat_template=chats)
+    if template is not None:
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def _example(tokenizer: Any, data: Preview) -> str | None:

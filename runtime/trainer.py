@@ -96,6 +96,20 @@ def causal_lm_step(
     return StepOutput(loss, torch.where(trained, entropy, 0.0).sum(), correct.sum(), tokens)
 
 
+class Truncated(NamedTuple):
+    """What ``max_length`` did to a data set.
+
+    Attributes:
+        rows: longer ones, which are cut off (or split, by the packing strategy of that name).
+        of: all rows.
+        dropped: those of which nothing is left to train on.
+    """
+
+    rows: int
+    of: int
+    dropped: int
+
+
 class SFTTrainer(Sturdy, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
@@ -106,6 +120,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     ``compute_loss_func``) run as TRL runs them, not compiled.
 
     Attributes:
+        truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
         pace: tokens per second and the time of the first step, compilation included.
     """
 
@@ -128,6 +143,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
             if hasattr(args, name):
                 setattr(args, name, False)
         args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
+        self.truncated: dict[str, Truncated] = {}
         super().__init__(model=model, args=args, **others)
         _leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
@@ -158,6 +174,23 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
         return Explanation(describe(self.model), list(self._reports))
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """In two passes: tokens first, so that it is known how many rows are too long; then they are cut and packed."""
+        rest = (processing_class, args, packing, formatting_func, dataset_name)
+        if args.max_length is None or not isinstance(dataset, Dataset) or self._is_vision_dataset:
+            return super()._prepare_dataset(dataset, *rest)
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        prepared: Any = super()._prepare_dataset(tokens, *rest)
+        compute: Any = pyarrow.compute
+        long = compute.sum(compute.greater(_lengths(tokens), args.max_length)).as_py() or 0
+        dropped = 0 if packing else len(tokens) - len(prepared)
+        self.truncated[dataset_name] = Truncated(long, len(tokens), dropped)
+        return prepared
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -285,6 +318,12 @@ def _one_length(dataset: Any) -> bool:
     if "input_ids" not in columns or not isinstance(dataset, Dataset):
         return False
     compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
-    lengths = compute.list_value_length(dataset.data.column("input_ids"))
+    lengths = _lengths(dataset)
     others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
     return others <= max(1, SHORT_ROWS * len(dataset))
+
+
+def _lengths(dataset: Dataset) -> Any:
+    """Tokens in each row, in the table's order."""
+    compute: Any = pyarrow.compute
+    return compute.list_value_length(dataset.data.column("input_ids"))
