@@ -159,6 +159,8 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
             # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
             without_inductor = replace(self.options, lowering="eager")
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
+        if self.args.packing and self.args.packing_strategy == "wrapped":
+            logger.warning("packing_strategy='wrapped' lets documents attend to each other; 'bfd' keeps them apart")
         self._lengths_vary = not _one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
