@@ -19,6 +19,7 @@ import trl
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -214,7 +215,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
                 if isinstance(value, Tensor) and value.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
         run = self._step if self.model.training else self._evaluation
-        step = run(model, rest, labels, divisor, weight)
+        step = _outside_of_ddp(run, model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
@@ -278,6 +279,19 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         if self.model.training and "loss" in logs and (rate := self.pace.lap()) is not None:
             logs["tokens_per_second"] = round(rate, 1)
         super().log(logs, start_time)
+
+
+def _outside_of_ddp(run: Any, model: Any, *arguments: Any) -> StepOutput:
+    """Run the step on the model that DDP wraps, between what DDP does before and after a forward pass.
+
+    Inside of the graph its Python would break it, and ``DDPOptimizer`` would cut it at every bucket. Gradients are
+    reduced by the hooks on the parameters, which do not ask where the forward pass ran.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return run(model, *arguments)
+    model._pre_forward()
+    output: Any = model._post_forward(tuple(run(model.module, *arguments)))
+    return StepOutput(*output)
 
 
 def _leave_recomputation_to_the_planner(model: Any) -> None:
