@@ -7,6 +7,7 @@ Names are those of transformers and TRL. What is not listed here but is a field 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,14 @@ class TrainConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
     lora_target_modules: str | list[str] = Field("all-linear", description="Names of the layers that get adapters.")
     use_rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilised LoRA).")
+    use_dora: bool = Field(False, description="Adapters of direction, and a trained magnitude (DoRA).")
+    modules_to_save: list[str] | None = Field(
+        None, description="Layers trained whole beside the adapters, such as [embed_tokens, lm_head]."
+    )
+    loraplus_lr_ratio: float | None = Field(None, gt=0, description="B learns so many times as fast as A (LoRA+).")
+    embedding_learning_rate: float | None = Field(
+        None, gt=0, description="Of embeddings and head, where they are trained; smaller than the others'."
+    )
 
     autocast_adapter_dtype: bool = Field(
         True, description="Adapters in float32 under autocast; false holds them in the model's dtype, without autocast."
@@ -173,6 +182,12 @@ def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "eval_strategy", "needs an eval_dataset_name"
     if sft.get("load_best_model_at_end") and saves not in (evaluates, "best"):
         yield "load_best_model_at_end", f"needs eval_strategy and save_strategy to agree: {evaluates!r} and {saves!r}"
+    for word in _words(sft.get("report_to")):
+        package = {"azure_ml": "azureml", "flyte": "flytekitplugins"}.get(word, word)
+        if word not in ("none", "all") and importlib.util.find_spec(package) is None:
+            yield "report_to", f"{word} needs its package: pip install {word}"
+    if config.embedding_learning_rate is not None and config.use_peft and not config.modules_to_save:
+        yield "embedding_learning_rate", "needs modules_to_save: [embed_tokens], without which nothing trains them"
     if sft.get("packing") and config.max_length is None:
         yield "packing", "needs a max_length, to which rows are packed"
     if sft.get("bf16") and sft.get("fp16"):
@@ -263,6 +278,10 @@ def _worded(error: Any, where: Any) -> str:
         return f"{where(name)}: {name}: {cause}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{where(name)}: {name} cannot be {error['input']!r}: {message}"
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _did_you_mean(name: str, known: set[str]) -> str:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..compiler.explain import Explanation
-from ..models.fast import FastLanguageModel
+from ..models.adapters import add_lora
 from ..models.load import load_model, load_tokenizer
 from . import checkpoints, responses
 from .chat_templates import chat_template
@@ -131,6 +131,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         processing_class=tokenizer,
         compile=config.compile,
         options=config.options,
+        embedding_learning_rate=config.embedding_learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     prepared: Any = trainer.train_dataset
     if len(prepared) == len(data[0].rows) and not trainer.args.packing and not trainer.args.shuffle_dataset:
@@ -238,15 +240,17 @@ def _model(config: TrainConfig, device: torch.device) -> Any:
     )
     if not config.use_peft:
         return model
-    return FastLanguageModel.get_peft_model(
+    return add_lora(
         model,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        random_state=config.seed,
+        seed=config.seed,
         autocast_adapter_dtype=config.autocast_adapter_dtype,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=config.modules_to_save,
     )
 
 

@@ -27,6 +27,7 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
+from .learning_rates import set_learning_rates
 from .pace import Pace
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
@@ -117,8 +118,9 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     Takes everything that TRL's does, and ``options`` for the backend (see
     :class:`~unsloth.compiler.options.Options`; logits are dropped unless they say otherwise). ``compile=False`` runs
     the same step eagerly. ``gradient_checkpointing`` is accepted and left to the memory planner,
-    which recomputes when keeping does not fit. Losses other than TRL's default (``loss_type="dft"``, label smoothing,
-    ``compute_loss_func``) run as TRL runs them, not compiled.
+    which recomputes when keeping does not fit. ``embedding_learning_rate`` and ``loraplus_lr_ratio`` are those of
+    :func:`~unsloth.runtime.learning_rates.set_learning_rates`. Losses other than TRL's default (``loss_type="dft"``,
+    label smoothing, ``compute_loss_func``) run as TRL runs them, not compiled.
 
     Attributes:
         truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
@@ -135,8 +137,11 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         *,
         compile: bool = True,
         options: Mapping[str, Any] | None = None,
+        embedding_learning_rate: float | None = None,
+        loraplus_lr_ratio: float | None = None,
         **others: Any,
     ) -> None:
+        self._rates = {"embedding": embedding_learning_rate, "loraplus_ratio": loraplus_lr_ratio}
         self.options = Options.parse({"logits": "drop", **(options or {})})
         given = "padding" in (options or {})
         args = trl.SFTConfig() if args is None else copy.copy(args)
@@ -172,6 +177,13 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         )
         if not self._plain_loss:
             logger.warning("this loss is not compiled: only the default loss (nll without label smoothing) is")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and any(rate is not None for rate in self._rates.values()):
+            set_learning_rates(optimizer, self.model, **self._rates)
+        return optimizer
 
     @property
     def explanation(self) -> Explanation:
