@@ -34,7 +34,9 @@ from .sturdy import Sturdy
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""Two names of one setting."""
+
 _REQUIRE_GRAD_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 SHORT_ROWS = 0.05
@@ -145,13 +147,13 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         self.options = Options.parse({"logits": "drop", **(options or {})})
         given = "padding" in (options or {})
         args = trl.SFTConfig() if args is None else copy.copy(args)
-        for name in _CHECKPOINTING:
+        for name in CHECKPOINTING:
             if hasattr(args, name):
                 setattr(args, name, False)
         args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
         self.truncated: dict[str, Truncated] = {}
         super().__init__(model=model, args=args, **others)
-        _leave_recomputation_to_the_planner(self.model)
+        leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
         self._smaller = SmallerBatches()
         self._done, self._share = 0, 1.0  # micro-batches of this step, and how much of one its running part is
@@ -306,7 +308,7 @@ def _outside_of_ddp(run: Any, model: Any, *arguments: Any) -> StepOutput:
     return StepOutput(*output)
 
 
-def _leave_recomputation_to_the_planner(model: Any) -> None:
+def leave_recomputation_to_the_planner(model: Any) -> None:
     """Undo what gradient checkpointing does to a model; its hook on the embedding would break the graph."""
     for module in model.modules():
         # By name: transformers, PEFT and TRL each add the hook, and transformers only remembers the last one.
