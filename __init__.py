@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    *("DPOTrainer", "Explanation", "FastLanguageModel", "ORPOTrainer", "SFTTrainer", "Verification"),
-    *("explain", "verify"),
+    "DPOTrainer",
+    "Explanation",
+    "FastLanguageModel",
+    "ORPOTrainer",
+    "SFTTrainer",
+    "Verification",
+    "explain",
+    "verify",
 ]
 
 # Imported on first use, so that ``import unsloth`` costs nothing and touches nothing.
