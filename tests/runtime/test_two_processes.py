@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from tests.runtime.test_trainer import EAGER, adapted, trainer
 from tests.runtime.tiny import dataset
@@ -87,9 +89,36 @@ def test_two_processes_resume_exactly(tmp_path) -> None:
     assert resumed["weights"] == whole["weights"] and resumed["loss"] == whole["loss"]
 
 
+def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path) -> None:
+    whole = in_two_processes(tmp_path / "whole", "eager")
+    in_two_processes(tmp_path / "two", "eager", "stop")
+    left = [json.loads((tmp_path / "two" / f"left_{rank}.json").read_text()) for rank in (0, 1)]
+    assert left == [{"code": 143, "step": 3}] * 2
+    saved = checkpoints.checkpoints(tmp_path / "two")
+    assert saved[0].name == "checkpoint-3" and checkpoints.damage(saved[0]) == []
+    resumed = in_two_processes(tmp_path / "two", "eager", "resume")
+    assert resumed["weights"] == whole["weights"] and resumed["loss"] == whole["loss"]
+
+
+class StopSecond(TrainerCallback):
+    """A signal to the second process, in the middle of its third step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     made = make(Path(sys.argv[1]), sys.argv[2], per_device_train_batch_size=2)
-    made.train(resume_from_checkpoint=len(sys.argv) > 3)
+    if "stop" in sys.argv:
+        made.add_callback(StopSecond())
+        try:
+            made.train()
+        except SystemExit as left:
+            found = {"code": left.code, "step": made.state.global_step}
+            (Path(sys.argv[1]) / f"left_{made.args.process_index}.json").write_text(json.dumps(found))
+    else:
+        made.train(resume_from_checkpoint="resume" in sys.argv)
     if made.is_world_process_zero():
         (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results(made)))
     torch.distributed.destroy_process_group()
