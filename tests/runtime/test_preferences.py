@@ -21,6 +21,7 @@ METHODS = {"dpo": (trl.DPOTrainer, DPOTrainer, trl.DPOConfig), "orpo": (TheirORP
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

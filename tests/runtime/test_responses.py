@@ -45,7 +45,7 @@ LLAMA_2 = (
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ '<|system|>You are helpful.<|end|>' }}{% endif %}" + TEMPLATES["phi-3"]
 )
-ALL = {**TEMPLATES, "thinking": THINKING, "llama-2": LLAMA_2, "default system": DEFAULT_SYSTEM + TEMPLATES["phi-3"]}
+ALL = {**TEMPLATES, "thinking": THINKING, "llama-2": LLAMA_2, "default system": DEFAULT_SYSTEM}
 
 
 @pytest.mark.parametrize("name", ALL)
