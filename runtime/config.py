@@ -184,7 +184,8 @@ def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "load_best_model_at_end", f"needs eval_strategy and save_strategy to agree: {evaluates!r} and {saves!r}"
     for word in _words(sft.get("report_to")):
         package = {"azure_ml": "azureml", "flyte": "flytekitplugins"}.get(word, word)
-        if word not in ("none", "all") and importlib.util.find_spec(package) is None:
+        known = word in sft_settings()["report_to"].words and word not in ("none", "all")
+        if known and importlib.util.find_spec(package) is None:
             yield "report_to", f"{word} needs its package: pip install {word}"
     if config.embedding_learning_rate is not None and config.use_peft and not config.modules_to_save:
         yield "embedding_learning_rate", "needs modules_to_save: [embed_tokens], without which nothing trains them"
