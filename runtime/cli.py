@@ -75,6 +75,9 @@ def train(
         Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings, one name: value a line.")
     ] = None,
     settings: Annotated[bool, typer.Option("--settings", help="List the settings and leave.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, and leave.")
+    ] = False,
 ) -> None:
     """Fine-tune a model: settings from a YAML file, as flags (--lora-r 32), or both; flags win.
 
@@ -89,6 +92,11 @@ def train(
     if config is not None and str(config).startswith("--"):  # no file: the first flag landed in its place
         config, words = None, [str(config), *words]
     resolved = read_config(config, parse_flags(words))
+    if dry_run:
+        from .dry_run import dry_run as resolve
+
+        _print(resolve(resolved))
+        return
     from .train import train as run
 
     console = Console(stderr=True)
@@ -190,7 +198,7 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     ours = (
         ("config", "ConfigError"),
         ("data", "DataError"),
-        ("train", "OutputError"),
+        ("outputs", "OutputError"),
         ("checkpoints", "CheckpointError"),
     )
     return (BatchError, ModelError, OptionError, *_loaded(*ours))
