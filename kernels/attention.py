@@ -257,7 +257,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     elif backend == "flash" and window is None:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    elif backend == "flash":
+    elif backend == "flash" and window is not None:
         out, lse, *_ = aten._flash_attention_forward(
             *(x.transpose(1, 2) for x in (q, k, v)), None, None, q.shape[2], k.shape[2], 0.0, causal, False,
             scale=scale, window_size_left=window - 1, window_size_right=0,
@@ -303,7 +303,7 @@ def _backward(
         grads = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
         )
-    elif backend == "flash":
+    elif backend == "flash" and window is not None:
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         grads = aten._flash_attention_backward(
             grad, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused,

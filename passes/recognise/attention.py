@@ -81,7 +81,8 @@ def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str |
     if not isinstance(shapes[0][3] if given["scale"] is None else given["scale"], (int, float)):
         return "the scale is not known when compiling"
     heads = [shape[1] for shape in shapes]
-    if not given["enable_gqa"] and not all(statically_known_true(h == heads[0]) for h in heads):
+    one_for_all = all(statically_known_true(h == 1) for h in heads[1:])  # broadcast over the query heads
+    if not (given["enable_gqa"] or one_for_all) and not all(statically_known_true(h == heads[0]) for h in heads):
         return f"{heads[0]} query, {heads[1]} key and {heads[2]} value heads without enable_gqa"
     return None
 

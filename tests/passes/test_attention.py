@@ -242,6 +242,30 @@ def test_one_key_head_for_all() -> None:
     assert inputs(matched(shared, heads(4), heads(1), heads(1))) == [0, 1, 2]
 
 
+@MODES
+def test_one_key_head_that_is_broadcast(dynamic: bool) -> None:
+    match = matched(scaled_dot_product_attention, heads(4), heads(1), heads(1), dynamic=dynamic)
+    assert match.interior == {match.anchor} and match.args[:3] == match.anchor.args[:3]
+    expected = "4 query, 1 key and 4 value heads without enable_gqa"
+    assert missed(scaled_dot_product_attention, heads(4), heads(1), heads(4), dynamic=dynamic) == expected
+
+
+def test_one_broadcast_key_head_keeps_its_gradients() -> None:
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        assert report.rewritten and not report.missed
+        return result
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 6, -1)
+
+    torch._dynamo.reset()
+    args = heads(4), heads(1), heads(1)
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(*args).square().sum(), args) for f in (compiled, attend))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_enable_gqa() -> None:
     def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
