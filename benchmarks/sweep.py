@@ -27,6 +27,8 @@ OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
 LIMIT = 120.0
 """Seconds per type; Dynamo alone takes a minute for some scans."""
 OPERATORS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+FAMILIES = ("norm", "rotation", "attention", "gated MLP")
+"""Of which a decoder-only transformer's blocks are made; their places are counted without the matcher."""
 STATUSES = ("equal", "wrong", "crashed", "random", "eager cannot run")
 _FRESH_AFTER = 40  # types per process: compiled code and guards are never given back as a whole
 
@@ -127,15 +129,18 @@ def document(rows: list[Row], versions: dict[str, str]) -> str:
         + (f", {count['random']} random in eager" if count["random"] else "")
         + f"; {whole} of the equal ones in one graph.",
         f"- Rewritten somewhere: {found}.",
+        *_recognised(equal),
         "",
+        "*Covered* is the share of the forward pass's FLOPs and bytes that operators of ours took, counted without the "
+        "matcher; with every parameter trained and so little width, plain matrix products are most of both. "
         "A count such as 4/5 is places rewritten of places that look like the operator; a dash means that none does. "
         "A miss keeps the model's own formula: slower, never wrong. The logits are kept here, so that no loss is "
         "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. "
         "*Eager cannot run*: the default configuration is incomplete, the model wants more than tokens, or the "
         "rules of `benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
         "",
-        "| type | result | graphs | breaks | " + " | ".join(OPERATORS) + " | missed because |",
-        "|---|---|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
+        "| type | result | graphs | breaks | covered | " + " | ".join(OPERATORS) + " | missed because |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
     ]
     ranked = sorted(rows, key=lambda r: (r["status"] == "eager cannot run", r["type"]))
     return "\n".join(lines + [_line(row) for row in ranked]) + "\n"
@@ -149,7 +154,31 @@ def _line(row: Row) -> str:
     cells = [f"{hit}/{seen}" if seen else "–" for hit, seen in counts]
     misses = "; ".join(_cell(m, 70) for m in row.get("misses", []))
     graphs = [str(row.get(name, "–")) for name in ("graphs", "breaks")]
-    return f"| {' | '.join([row['type'], result, *graphs, *cells, misses])} |"
+    covered = " / ".join(f"{share:.0%}" for share in row.get("covered", [])) or "–"
+    return f"| {' | '.join([row['type'], result, *graphs, covered, *cells, misses])} |"
+
+
+def _recognised(rows: list[Row]) -> list[str]:
+    """How much was recognised of what decoder-only transformers are made of."""
+    decoders = [r for r in rows if is_decoder_only(r)]
+    lines = [
+        f"- Of the places in the {len(decoders)} decoder-only transformers (rotary attention and norms) recognised:"
+    ]
+    for family in FAMILIES:
+        counts = [r["places"].get(family, (0, 0)) for r in decoders]
+        hit, there = (sum(c[i] for c in counts) for i in (0, 1))
+        whole = sum(c[0] == c[1] for c in counts)
+        share = f"{hit / there:.1%}" if there else "–"
+        lines.append(f"  - {family}: **{share}** ({hit} of {there}), all of them in {whole} types")
+    return lines
+
+
+def is_decoder_only(row: Row) -> bool:
+    """Whether a type is built as today's decoders are: rotated queries and keys, softmax attention, and norms.
+
+    Decided by what its graph holds, not by its name: encoders' positions are learned, and scans have no softmax.
+    """
+    return all(row.get("places", {}).get(family, (0, 0))[1] for family in ("norm", "rotation", "attention"))
 
 
 def _cell(text: str, width: int) -> str:

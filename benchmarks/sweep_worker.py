@@ -149,27 +149,29 @@ def finite(result: Step) -> Step:
 
 def compiled_step(model: Any, batch: dict[str, Any], recognisers: Any = None) -> tuple[Step, Row]:
     """The step under our backend, and what the backend says of it."""
-    import torch
-
+    from unsloth.compiler.breaks import watched
     from unsloth.compiler.explain import Explanation
     from unsloth.compiler.options import Options
+    from unsloth.compiler.report import GraphReport
     from unsloth.compiler.run import compiled
     from unsloth.passes.recognise import RECOGNISERS
 
-    torch._dynamo.reset()
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    breaks.clear()
-    said = Explanation("")
+    reports: list[GraphReport] = []
     options = Options(strict=True, lowering="eager")
-    run = compiled(model, options, said.graphs, RECOGNISERS if recognisers is None else recognisers)
-    try:
+    run = compiled(model, options, reports, RECOGNISERS if recognisers is None else recognisers)
+    with watched() as breaks:
         result = step(run, model, batch)
-    finally:
-        torch._dynamo.reset()
-    misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {reason}" for reason in breaks]
-    counts = {name: list(count) for name, count in said.counts.items()}
-    facts = {"graphs": len(said.graphs), "breaks": len(breaks), "counts": counts, "misses": list(dict.fromkeys(misses))}
-    return result, facts
+    said = Explanation("", reports, tuple(breaks))
+    misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {b.cause}" for b in breaks]
+    coverage = said.coverage
+    return result, {
+        "graphs": len(reports),
+        "breaks": len(breaks),
+        "counts": {name: list(count) for name, count in said.counts.items()},
+        "places": {family: list(count) for family, count in coverage.places.items()},
+        "covered": [coverage.flops.covered, coverage.bytes.covered],
+        "misses": list(dict.fromkeys(misses)),
+    }
 
 
 def compare(ours: Step, eager: Step) -> str:
