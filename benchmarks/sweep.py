@@ -1,6 +1,7 @@
 """Every architecture that transformers has: is a compiled step of it the same step?
 
-    python -m benchmarks.sweep [--types llama,gpt2] [--jobs 1] [--out docs/architectures.md] [--json results.json]
+    python -m benchmarks.sweep [--types llama,gpt2 | --sample] [--lowering eager] [--jobs 1]
+                               [--out docs/architectures.md] [--json results.json]
 
 A tiny random model of each causal language model type (``benchmarks/shrink.py``) takes one step in eager and one
 compiled by our backend under ``strict`` and eager lowering; the loss and every gradient are compared. The models run in
@@ -29,19 +30,24 @@ LIMIT = 120.0
 OPERATORS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
 FAMILIES = ("norm", "rotation", "attention", "gated MLP")
 """Of which a decoder-only transformer's blocks are made; their places are counted without the matcher."""
+SAMPLE = (
+    "llama", "gemma2", "phi3", "qwen3", "mistral", "olmo2", "gpt_neox", "falcon", "mixtral", "deepseek_v3", "gpt_oss",
+    "mamba",
+)  # fmt: skip
+"""Twelve types that differ most, for a sweep under Inductor, where one takes half a minute."""
 STATUSES = ("equal", "wrong", "crashed", "random", "eager cannot run")
 _FRESH_AFTER = 40  # types per process: compiled code and guards are never given back as a whole
 
 Row = dict[str, Any]
 
 
-def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT) -> list[Row]:
+def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT, lowering: str = "eager") -> list[Row]:
     """A row per type, in the given order; see :func:`benchmarks.sweep_worker.examine` for its fields."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in types:
         waiting.put(name)
     rows: dict[str, Row] = {}
-    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types))) for _ in range(jobs)]
+    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types), lowering)) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -49,7 +55,7 @@ def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT) -> list[Row]:
     return [rows[name] for name in types]
 
 
-def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, total: int) -> None:
+def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, total: int, lowering: str) -> None:
     worker: _Worker | None = None
     while True:
         try:
@@ -59,7 +65,7 @@ def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, 
         if worker is None or worker.served >= _FRESH_AFTER:
             if worker is not None:
                 worker.stop()
-            worker = _Worker()
+            worker = _Worker(lowering)
         row = worker.ask(name, limit)
         if row is None:
             worker.stop()
@@ -73,10 +79,10 @@ def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, 
 class _Worker:
     """A process that examines one type after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, lowering: str) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and their locks
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=sweep_worker.serve, args=(other,), daemon=True)
+        self.process = context.Process(target=sweep_worker.serve, args=(other, lowering), daemon=True)
         self.process.start()
         other.close()
         self.served = 0
@@ -192,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     """Sweep and write; the exit code is 1 when a type is wrong or crashed."""
     arguments = argparse.ArgumentParser("benchmarks.sweep", description=__doc__.split("\n")[0])
     arguments.add_argument("--types", help="a comma-separated list (default: all)")
+    arguments.add_argument("--sample", action="store_true", help=f"twelve types that differ most: {', '.join(SAMPLE)}")
+    arguments.add_argument("--lowering", choices=("eager", "inductor"), default="eager", help="as the backend's option")
     arguments.add_argument("--jobs", type=int, default=1, help="worker processes")
     arguments.add_argument("--out", type=Path, help=f"the document (default: {OUT.name}, for a sweep of all types)")
     arguments.add_argument("--json", type=Path, help="the rows, for a closer look")
@@ -199,13 +207,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     known = sweep_worker.causal_types()
-    types = args.types.split(",") if args.types else known
+    types = args.types.split(",") if args.types else list(SAMPLE) if args.sample else known
     if unknown := sorted(set(types) - set(known)):
         arguments.error(f"transformers has no causal language model type {', '.join(unknown)}")
-    rows = sweep(types, args.jobs)
+    rows = sweep(types, args.jobs, LIMIT if args.lowering == "eager" else 5 * LIMIT, args.lowering)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if (out := args.out or (None if args.types else OUT)) is not None:
+    if (out := args.out or (OUT if types == known and args.lowering == "eager" else None)) is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(document(rows, sweep_worker.versions()))
     count = Counter(row["status"] for row in rows)

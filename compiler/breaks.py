@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._dynamo import utils as dynamo_utils
@@ -40,7 +42,8 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     ),
     (
         r"logg(ing|er)|warn(ings|ing_once)|\bprint\b",
-        "a message is logged inside of forward: avoid what it warns of, or raise the log level before compiling",
+        "a message is logged inside of forward: avoid what it warns of, or add the logging method to "
+        "torch._dynamo.config.ignore_logging_functions",
     ),
     (
         r"\.item\(\)|_local_scalar_dense|scalar",
@@ -93,20 +96,31 @@ def watched() -> Iterator[list[Break]]:
     try:
         yield found
     finally:
-        # Dynamo keeps two books: reasons for which it ended a graph, with the line, and those it counts. Neither has
-        # all: a branch on data is not counted, and a frame that was given up ended no graph.
-        ended = {r.reason: _line(r.user_stack) for r in dynamo_utils.graph_break_reasons if r.graph_break}
-        counted = [reason for reason in Counter(counters) - before if not any(_is_same(reason, e) for e in ended)]
-        found += dict.fromkeys(explain_break(*item) for item in (*ended.items(), *((c, None) for c in counted)))
+        found += _distinct(Counter(counters) - before, [r for r in dynamo_utils.graph_break_reasons if r.graph_break])
         torch._dynamo.reset()
 
 
-def _is_same(one: str, other: str) -> bool:
-    first, second = (text.strip().splitlines()[:1] for text in (one, other))
-    return first == second
+def _distinct(counted: Iterable[str], ended: Sequence[Any]) -> list[Break]:
+    """Dynamo keeps two books: reasons that it counts, and reasons for which it ended a graph, which have a line.
+
+    A branch on data is not counted, a frame that was given up ended no graph, and what was unsupported in the middle
+    of a statement is counted under its name and ended a graph as "step_unsupported".
+    """
+    lines = {_first_line(r.reason): _line(r.user_stack) for r in ended}
+    unnamed = lines.pop("step_unsupported", None)
+    reasons = {_first_line(reason): reason for reason in (*counted, *(r.reason for r in ended))}
+    if len(reasons) > 1:
+        reasons.pop("step_unsupported", None)
+    return [explain_break(reason, lines.get(first, unnamed)) for first, reason in reasons.items()]
+
+
+def _first_line(reason: str) -> str:
+    return next(iter(reason.strip().splitlines()), "")
 
 
 def _line(stack: Sequence[traceback.FrameSummary]) -> str | None:
-    """The innermost line that is not PyTorch's own."""
-    outside = [f for f in stack if "/torch/" not in f.filename] or list(stack)
+    """The innermost line that is neither PyTorch's nor Python's own."""
+    library = sysconfig.get_path("stdlib")
+    outside = [f for f in stack if "/torch/" not in f.filename]
+    outside = [f for f in outside if not f.filename.startswith(library) or "site-packages" in f.filename] or [*stack]
     return f"{Path(outside[-1].filename).name}:{outside[-1].lineno}" if outside else None

@@ -186,11 +186,16 @@ def _activated(node: fx.Node) -> fx.Node | None:
     """What a node is the activation of."""
     if node.target in _ACTIVATIONS:
         return _under_views(node.args[0])
-    if node.target is aten.mul.Tensor and all(isinstance(a, fx.Node) for a in node.args):  # x · sigmoid(x)
+    if node.target is aten.mul.Tensor and all(isinstance(a, fx.Node) for a in node.args):  # x · sigmoid(slope · x)
         for x, factor in (node.args, node.args[::-1]):
-            under = _under_views(factor)
-            if under.target is aten.sigmoid.default and _under_views(under.args[0]) is _under_views(x):
-                return _under_views(x)
+            sigmoid = _under_views(factor)
+            if sigmoid.target is not aten.sigmoid.default:
+                continue
+            inner = _under_views(sigmoid.args[0])
+            if inner.target is aten.mul.Tensor and not isinstance(inner.args[1], fx.Node):
+                inner = _under_views(inner.args[0])
+            if inner is _under_views(x):
+                return inner
     return None
 
 

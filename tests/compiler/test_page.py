@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import traceback
 from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.output_graph import GraphCompileReason
 
 from unsloth import Explanation, explain
+from unsloth.compiler import breaks
 from unsloth.compiler.breaks import explain_break
 from unsloth.compiler.report import GraphReport
 from unsloth.models import presets
@@ -103,7 +107,7 @@ def test_what_comes_from_a_model_is_escaped() -> None:
 @pytest.mark.parametrize(
     ("reason", "remedy"),
     [
-        ("logging.Logger method not supported for non-export cases", "raise the log level"),
+        ("logging.Logger method not supported for non-export cases", "ignore_logging_functions"),
         ("Tensor.requires_grad_() on an intermediate", "enable_input_require_grads"),
         ("Unsupported Tensor.item() call with capture_scalar_outputs=False", "capture_scalar_outputs"),
         ("Dynamic shape operator\n  Explanation: aten.nonzero", "capture_dynamic_output_shape_ops"),
@@ -128,6 +132,29 @@ def test_a_break_is_explained_with_its_remedy() -> None:
     assert "torch.where" in found.remedy
     assert (found.source_line or "").startswith("test_page.py:")
     assert f"break       {found.cause}  ({found.source_line})\n            → {found.remedy}" in str(explanation)
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+def test_a_break_has_the_line_of_the_model() -> None:
+    class Logging(torch.nn.Linear):
+        def forward(self, x):
+            LOGGER.warning("deliberate")
+            return super().forward(x).sum()
+
+    (found,) = explain(Logging(4, 4), (torch.ones(2, 4),)).breaks
+    assert "logg" in found.cause.lower() and "ignore_logging_functions" in found.remedy
+    assert (found.source_line or "").startswith("test_page.py:")
+
+
+def test_a_break_in_the_middle_of_a_statement_is_one_break() -> None:
+    stack = [traceback.FrameSummary("/home/me/model.py", 3, "forward"), traceback.FrameSummary("/x/torch/a.py", 1, "b")]
+    ended = [GraphCompileReason("step_unsupported", stack, graph_break=False)]
+    (found,) = breaks._distinct(["logging.Logger method\n  Hint: none"], ended)
+    assert (found.cause, found.source_line) == ("logging.Logger method", "model.py:3")
+    (alone,) = breaks._distinct([], ended)
+    assert alone.cause == "step_unsupported"
 
 
 def test_the_time_of_every_stage() -> None:
