@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record
+from .einsum import as_product
 from .mutations import behind_autograd, keep_mutations
 from .vmap import write_out_vmap
 
@@ -47,8 +48,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return torch.slice_scatter(target, source) if target.dim() else source
 
 
-# What functionalisation leaves without a derivative, which AOTAutograd and eager autograd would only say in backward.
-_SPELLINGS = {torch.ops.aten.copy.default: _copy}
+# Functionalisation leaves `copy` without a derivative, which AOTAutograd and eager autograd would only say in backward.
+_SPELLINGS = {torch.ops.aten.copy.default: _copy, torch.ops.aten.einsum.default: as_product}
 # Results that nothing may mutate under ``export``: whether they alias their input depends on the arguments.
 _FROZEN = {torch.nn.functional.dropout, torch.dropout}
 # What AOTAutograd and Inductor read from the placeholders of Dynamo's graph.
