@@ -172,6 +172,7 @@ def compiled_step(
         result = step(run, model, batch)
     said = Explanation("", reports, tuple(breaks))
     misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {b.cause}" for b in breaks]
+    misses += [f"{place.family}: no formula comes close" for place in said.unexplained]
     coverage = said.coverage
     return result, {
         "graphs": len(reports),

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes.memory.torch_private import optimization_hint
 from ..passes.pattern import is_cast
-from ..passes.rewrite import value
+from ..passes.rewrite import module_path, source_line, value
 
 aten = torch.ops.aten
 
@@ -59,6 +59,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Place:
+    """An anchor: where a graph holds what one of our operators might be.
+
+    Attributes:
+        family: of :data:`FAMILIES`.
+        module: dotted path of the module it came from, ``""`` when unknown.
+        source_line: ``file.py:line`` of the model's source, or None.
+    """
+
+    family: str
+    module: str
+    source_line: str | None
+
+
+@dataclass(frozen=True)
 class Coverage:
     """What of a graph was recognised.
 
@@ -66,18 +81,20 @@ class Coverage:
         places: by family (:data:`FAMILIES`) how many anchors a match took, and how many there are.
         flops: floating-point operations of the forward pass.
         bytes: bytes that the forward pass would move, each operator run alone.
+        left: the anchors that no match took.
     """
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     flops: Share = Share()
     bytes: Share = Share()
+    left: tuple[Place, ...] = ()
 
     def __add__(self, other: Coverage) -> Coverage:
         places = dict(self.places)
         for family, (taken, there) in other.places.items():
             before = places.get(family, (0, 0))
             places[family] = before[0] + taken, before[1] + there
-        return Coverage(places, self.flops + other.flops, self.bytes + other.bytes)
+        return Coverage(places, self.flops + other.flops, self.bytes + other.bytes, self.left + other.left)
 
 
 def measure(graph: fx.Graph, taken: Iterable[str]) -> Coverage:
@@ -90,16 +107,19 @@ def measure(graph: fx.Graph, taken: Iterable[str]) -> Coverage:
     gone = frozenset(taken)
     places: dict[str, tuple[int, int]] = {}
     flops, moved = Share(), Share()
+    left: list[Place] = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         for family in _families(node):
             hit, there = places.get(family, (0, 0))
             places[family] = hit + (node.name in gone), there + 1
+            if node.name not in gone:
+                left.append(Place(family, module_path(node), source_line(node)))
         fused, library = node.name in gone, node.target in _PRODUCTS | _ATTENTION
         flops += _share(_flops(node), fused, library)
         moved += _share(_bytes(node), fused, library)
-    return Coverage({f: places[f] for f in FAMILIES if f in places}, flops, moved)
+    return Coverage({f: places[f] for f in FAMILIES if f in places}, flops, moved, tuple(left))
 
 
 def _share(cost: int, fused: bool, library: bool) -> Share:

@@ -13,11 +13,14 @@ from torch import nn
 
 from ..passes.runner import Site
 from .breaks import Break, watched
-from .coverage import Coverage, Share
+from .coverage import Coverage, Place, Share
 from .options import Options
 from .report import GraphReport
 from .run import compiled, loss_of, undisturbed
 from .stages import stopwatch
+
+# What names of operators have in common that are of a family. A linear layer needs no reason, and there is one loss.
+_WORDS = {"norm": "norm", "rotation": "rope", "attention": "attention", "gated MLP": "glu"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ class Explanation:
         return sum((g.coverage for g in self.graphs if g.coverage is not None), Coverage())
 
     @property
+    def unexplained(self) -> list[Place]:
+        """Places that no match took and of whose module no near miss tells why."""
+        told = {(family, s.module) for s in self.missed for family, word in _WORDS.items() if word in s.operator}
+        return [p for p in self.coverage.left if p.family in _WORDS and (p.family, p.module) not in told]
+
+    @property
     def masks(self) -> list[MaskUse]:
         """The masks of all attentions."""
         taken = Counter(s.detail for s in self.rewritten if s.operator == "attention")
@@ -125,6 +134,10 @@ class Explanation:
                     "modules": [s.module for s in sites],
                 }
                 for (operator, reason, line), sites in _grouped(self.missed).items()
+            ],
+            "unexplained": [
+                {"family": family, "source_line": line, "modules": [p.module for p in places]}
+                for (family, line), places in _alike(self.unexplained).items()
             ],
             "masks": [asdict(m) for m in self.masks],
             "troubles": self.troubles,
@@ -200,6 +213,9 @@ def _lines(e: Explanation) -> list[str]:
     for (operator, reason, line), sites in _grouped(e.missed).items():
         where = f"{sites[0].module or 'graph'}" + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")
         lines.append(f"{'missed':<12}{operator} in {where}: {reason}{f'  ({line})' if line else ''}")
+    for (family, line), places in _alike(e.unexplained).items():
+        where = f"{places[0].module or 'graph'}" + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+        lines.append(f"{'left':<12}{family} in {where}: no formula of ours comes close{f'  ({line})' if line else ''}")
     for graph in e.graphs:
         if graph.dropped_outputs:
             lines.append(f"{'logits':<12}not kept (options: logits=drop)")
@@ -210,6 +226,13 @@ def _lines(e: Explanation) -> list[str]:
         lines += [f"{'break':<12}{found}", f"{'':<12}→ {found.remedy}"]
     lines.append(f"{'time':<12}{', '.join(f'{name} {s:.2f} s' for name, s in e.seconds.items())}")
     return lines
+
+
+def _alike(places: list[Place]) -> dict[tuple[str, str | None], list[Place]]:
+    groups: dict[tuple[str, str | None], list[Place]] = defaultdict(list)
+    for place in places:
+        groups[place.family, place.source_line].append(place)
+    return groups
 
 
 def _library(share: Share) -> float:

@@ -90,6 +90,21 @@ def test_json_is_the_dictionary(mistral: Explanation) -> None:
     ]
 
 
+def test_what_nothing_comes_close_to_is_named() -> None:
+    class Softmax(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return (torch.softmax(y @ y.mT, -1) @ y).sum() + torch.nn.functional.layer_norm(y, (4,)).square().sum()
+
+    explanation = explain(Softmax(4, 4), (torch.ones(1, 2, 4),), options={"disable": ["attention", "rms_norm"]})
+    assert [(p.family, (p.source_line or "")[:13]) for p in explanation.unexplained] == [
+        ("attention", "test_page.py:"),
+        ("norm", "test_page.py:"),
+    ]
+    assert "left        norm in graph: no formula of ours comes close  (test_page.py:" in str(explanation)
+    assert "Left as they are" in explanation.to_html()
+
+
 def test_an_explanation_does_not_change(mistral: Explanation) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         mistral.model = "another"  # type: ignore[misc]
