@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # A stamp per choice of PyTorch: a second run installs nothing, another TORCH or a changed pyproject.toml does.
 STAMP = .venv/installed-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 
-.PHONY: help install test check demo bench sweep clean
+.PHONY: help install test check demo bench sweep sweep-inductor clean
 
 help:
 	@echo "make install   set up .venv                     (TORCH=torch==2.13.0 chooses PyTorch)"
@@ -20,6 +20,7 @@ help:
 	@echo "make demo      fine-tune SmolLM2-135M on questions about Python, on any machine"
 	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"
 	@echo "make sweep     compile a tiny model of every architecture and write docs/architectures.md"
+	@echo "make sweep-inductor  the twelve that differ most, through Inductor"
 	@echo "make clean     remove .venv and what was built"
 
 install: $(STAMP)
@@ -57,6 +58,9 @@ bench: $(STAMP)
 
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --jobs $(JOBS)
+
+sweep-inductor: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --sample --lowering inductor --jobs $(JOBS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

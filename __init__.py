@@ -13,16 +13,28 @@ if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
     from .models.fast import FastLanguageModel
+    from .runtime.preferences import DPOTrainer, ORPOTrainer
     from .runtime.trainer import SFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "FastLanguageModel", "SFTTrainer", "Verification", "explain", "verify"]
+__all__ = [
+    "DPOTrainer",
+    "Explanation",
+    "FastLanguageModel",
+    "ORPOTrainer",
+    "SFTTrainer",
+    "Verification",
+    "explain",
+    "verify",
+]
 
 # Imported on first use, so that ``import unsloth`` costs nothing and touches nothing.
 _HOMES = {
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
     "FastLanguageModel": ".models.fast",
+    "DPOTrainer": ".runtime.preferences",
+    "ORPOTrainer": ".runtime.preferences",
     "SFTTrainer": ".runtime.trainer",
     "verify": ".compiler.verify",
     "Verification": ".compiler.verify",

@@ -170,7 +170,7 @@ def _glu(size: Size, op: Operator, activation: Callable[[Tensor], Tensor], liger
 
 
 def _attention(size: Size) -> Iterator[Case]:
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
 
     def cudnn(*args: Any) -> Tensor:
@@ -181,7 +181,7 @@ def _attention(size: Size) -> Iterator[Case]:
 
         def arguments(batch: int = batch, length: int = length) -> Args:
             q, k, v = (size.heads_of(n, batch, length) for n in (size.heads, size.kv_heads, size.kv_heads))
-            return q, k, v, True, size.width**-0.5
+            return q, k, v, True, size.width**-0.5, None
 
         shape = f"{batch}×{length}, {size.heads}/{size.kv_heads} heads of {size.width}"
         peers = {"sdpa": sdpa, "cudnn": cudnn}

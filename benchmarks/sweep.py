@@ -1,6 +1,7 @@
 """Every architecture that transformers has: is a compiled step of it the same step?
 
-    python -m benchmarks.sweep [--types llama,gpt2] [--jobs 1] [--out docs/architectures.md] [--json results.json]
+    python -m benchmarks.sweep [--types llama,gpt2 | --sample] [--lowering eager] [--jobs 1]
+                               [--out docs/architectures.md] [--json results.json]
 
 A tiny random model of each causal language model type (``benchmarks/shrink.py``) takes one step in eager and one
 compiled by our backend under ``strict`` and eager lowering; the loss and every gradient are compared. The models run in
@@ -27,19 +28,26 @@ OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
 LIMIT = 120.0
 """Seconds per type; Dynamo alone takes a minute for some scans."""
 OPERATORS = ("rms_norm", "rope", "glu", "attention", "linear_cross_entropy")
+FAMILIES = ("norm", "rotation", "attention", "gated MLP")
+"""Of which a decoder-only transformer's blocks are made; their places are counted without the matcher."""
+SAMPLE = (
+    "llama", "gemma2", "phi3", "qwen3", "mistral", "olmo2", "gpt_neox", "falcon", "mixtral", "deepseek_v3", "gpt_oss",
+    "mamba",
+)  # fmt: skip
+"""Twelve types that differ most, for a sweep under Inductor, where one takes half a minute."""
 STATUSES = ("equal", "wrong", "crashed", "random", "eager cannot run")
 _FRESH_AFTER = 40  # types per process: compiled code and guards are never given back as a whole
 
 Row = dict[str, Any]
 
 
-def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT) -> list[Row]:
+def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT, lowering: str = "eager") -> list[Row]:
     """A row per type, in the given order; see :func:`benchmarks.sweep_worker.examine` for its fields."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in types:
         waiting.put(name)
     rows: dict[str, Row] = {}
-    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types))) for _ in range(jobs)]
+    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types), lowering)) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -47,7 +55,7 @@ def sweep(types: list[str], jobs: int = 1, limit: float = LIMIT) -> list[Row]:
     return [rows[name] for name in types]
 
 
-def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, total: int) -> None:
+def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, total: int, lowering: str) -> None:
     worker: _Worker | None = None
     while True:
         try:
@@ -57,7 +65,7 @@ def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, 
         if worker is None or worker.served >= _FRESH_AFTER:
             if worker is not None:
                 worker.stop()
-            worker = _Worker()
+            worker = _Worker(lowering)
         row = worker.ask(name, limit)
         if row is None:
             worker.stop()
@@ -71,10 +79,10 @@ def _drain(waiting: queue.SimpleQueue[str], rows: dict[str, Row], limit: float, 
 class _Worker:
     """A process that examines one type after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, lowering: str) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads and their locks
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=sweep_worker.serve, args=(other,), daemon=True)
+        self.process = context.Process(target=sweep_worker.serve, args=(other, lowering), daemon=True)
         self.process.start()
         other.close()
         self.served = 0
@@ -127,15 +135,18 @@ def document(rows: list[Row], versions: dict[str, str]) -> str:
         + (f", {count['random']} random in eager" if count["random"] else "")
         + f"; {whole} of the equal ones in one graph.",
         f"- Rewritten somewhere: {found}.",
+        *_recognised(equal),
         "",
+        "*Covered* is the share of the forward pass's FLOPs and bytes that operators of ours took, counted without the "
+        "matcher; with every parameter trained and so little width, plain matrix products are most of both. "
         "A count such as 4/5 is places rewritten of places that look like the operator; a dash means that none does. "
         "A miss keeps the model's own formula: slower, never wrong. The logits are kept here, so that no loss is "
         "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. "
         "*Eager cannot run*: the default configuration is incomplete, the model wants more than tokens, or the "
         "rules of `benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
         "",
-        "| type | result | graphs | breaks | " + " | ".join(OPERATORS) + " | missed because |",
-        "|---|---|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
+        "| type | result | graphs | breaks | covered | " + " | ".join(OPERATORS) + " | missed because |",
+        "|---|---|---:|---:|---:|" + "---:|" * len(OPERATORS) + "---|",
     ]
     ranked = sorted(rows, key=lambda r: (r["status"] == "eager cannot run", r["type"]))
     return "\n".join(lines + [_line(row) for row in ranked]) + "\n"
@@ -149,7 +160,31 @@ def _line(row: Row) -> str:
     cells = [f"{hit}/{seen}" if seen else "–" for hit, seen in counts]
     misses = "; ".join(_cell(m, 70) for m in row.get("misses", []))
     graphs = [str(row.get(name, "–")) for name in ("graphs", "breaks")]
-    return f"| {' | '.join([row['type'], result, *graphs, *cells, misses])} |"
+    covered = " / ".join(f"{share:.0%}" for share in row.get("covered", [])) or "–"
+    return f"| {' | '.join([row['type'], result, *graphs, covered, *cells, misses])} |"
+
+
+def _recognised(rows: list[Row]) -> list[str]:
+    """How much was recognised of what decoder-only transformers are made of."""
+    decoders = [r for r in rows if is_decoder_only(r)]
+    lines = [
+        f"- Of the places in the {len(decoders)} decoder-only transformers (rotary attention and norms) recognised:"
+    ]
+    for family in FAMILIES:
+        counts = [r["places"].get(family, (0, 0)) for r in decoders]
+        hit, there = (sum(c[i] for c in counts) for i in (0, 1))
+        whole = sum(c[0] == c[1] for c in counts)
+        share = f"{hit / there:.1%}" if there else "–"
+        lines.append(f"  - {family}: **{share}** ({hit} of {there}), all of them in {whole} types")
+    return lines
+
+
+def is_decoder_only(row: Row) -> bool:
+    """Whether a type is built as today's decoders are: rotated queries and keys, softmax attention, and norms.
+
+    Decided by what its graph holds, not by its name: encoders' positions are learned, and scans have no softmax.
+    """
+    return all(row.get("places", {}).get(family, (0, 0))[1] for family in ("norm", "rotation", "attention"))
 
 
 def _cell(text: str, width: int) -> str:
@@ -163,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     """Sweep and write; the exit code is 1 when a type is wrong or crashed."""
     arguments = argparse.ArgumentParser("benchmarks.sweep", description=__doc__.split("\n")[0])
     arguments.add_argument("--types", help="a comma-separated list (default: all)")
+    arguments.add_argument("--sample", action="store_true", help=f"twelve types that differ most: {', '.join(SAMPLE)}")
+    arguments.add_argument("--lowering", choices=("eager", "inductor"), default="eager", help="as the backend's option")
     arguments.add_argument("--jobs", type=int, default=1, help="worker processes")
     arguments.add_argument("--out", type=Path, help=f"the document (default: {OUT.name}, for a sweep of all types)")
     arguments.add_argument("--json", type=Path, help="the rows, for a closer look")
@@ -170,13 +207,13 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     known = sweep_worker.causal_types()
-    types = args.types.split(",") if args.types else known
+    types = args.types.split(",") if args.types else list(SAMPLE) if args.sample else known
     if unknown := sorted(set(types) - set(known)):
         arguments.error(f"transformers has no causal language model type {', '.join(unknown)}")
-    rows = sweep(types, args.jobs)
+    rows = sweep(types, args.jobs, LIMIT if args.lowering == "eager" else 5 * LIMIT, args.lowering)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if (out := args.out or (None if args.types else OUT)) is not None:
+    if (out := args.out or (OUT if types == known and args.lowering == "eager" else None)) is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(document(rows, sweep_worker.versions()))
     count = Counter(row["status"] for row in rows)

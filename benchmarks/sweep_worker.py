@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
 
 
-def serve(pipe: Any) -> None:
+def serve(pipe: Any, lowering: str = "eager") -> None:
     """Answer each type's name that comes through the pipe with its row, until the other end closes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what models say when they are built is nobody's concern here
     import torch
@@ -46,16 +46,20 @@ def serve(pipe: Any) -> None:
             name = pipe.recv()
         except EOFError:
             return
-        pipe.send(examine(name))
+        pipe.send(examine(name, lowering))
 
 
-def examine(name: str) -> Row:
+def examine(name: str, lowering: str = "eager") -> Row:
     """One type's row.
+
+    Args:
+        lowering: the backend's option: "eager" takes a second or two, "inductor" half a minute.
 
     Returns:
         ``type``, ``status`` (equal, wrong, crashed, random, eager cannot run), ``reason`` unless it is equal,
         ``seeded`` (eager draws random numbers: all runs draw the same), and when it compiled ``graphs``, ``breaks``,
-        ``counts`` {operator: [rewritten, of]} and ``misses`` (distinct reasons, of graph breaks too).
+        ``counts`` {operator: [rewritten, of]}, ``places`` {family: [recognised, there]} and ``covered`` (shares of
+        FLOPs and bytes), both counted without the matcher, and ``misses`` (distinct reasons, of graph breaks too).
     """
     try:
         model, batch, eager = runnable(name)
@@ -65,7 +69,7 @@ def examine(name: str) -> Row:
         return {"type": name, "status": "random", "reason": f"two eager runs differ: {difference}"}
     row: Row = {"type": name, "status": "equal", "seeded": bool(compare(step(model, model, batch, seed=1), eager))}
     try:
-        ours, facts = compiled_step(model, batch)
+        ours, facts = compiled_step(model, batch, lowering=lowering)
         row |= facts
         if difference := compare(ours, eager):
             row |= {"status": "wrong", "reason": f"{difference} ({blame(model, batch, eager)})"}
@@ -147,29 +151,37 @@ def finite(result: Step) -> Step:
     return result
 
 
-def compiled_step(model: Any, batch: dict[str, Any], recognisers: Any = None) -> tuple[Step, Row]:
+def compiled_step(
+    model: Any, batch: dict[str, Any], recognisers: Any = None, lowering: str = "eager"
+) -> tuple[Step, Row]:
     """The step under our backend, and what the backend says of it."""
-    import torch
+    from torch._inductor import config as inductor_config
 
+    from unsloth.compiler.breaks import watched
     from unsloth.compiler.explain import Explanation
     from unsloth.compiler.options import Options
+    from unsloth.compiler.report import GraphReport
     from unsloth.compiler.run import compiled
     from unsloth.passes.recognise import RECOGNISERS
 
-    torch._dynamo.reset()
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    breaks.clear()
-    said = Explanation("")
-    options = Options(strict=True, lowering="eager")
-    run = compiled(model, options, said.graphs, RECOGNISERS if recognisers is None else recognisers)
-    try:
+    reports: list[GraphReport] = []
+    options = Options.parse({"strict": True, "lowering": lowering})
+    run = compiled(model, options, reports, RECOGNISERS if recognisers is None else recognisers)
+    # Inductor draws dropout masks of its own unless told to draw eager's.
+    with watched() as breaks, inductor_config.patch(fallback_random=True):
         result = step(run, model, batch)
-    finally:
-        torch._dynamo.reset()
-    misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {reason}" for reason in breaks]
-    counts = {name: list(count) for name, count in said.counts.items()}
-    facts = {"graphs": len(said.graphs), "breaks": len(breaks), "counts": counts, "misses": list(dict.fromkeys(misses))}
-    return result, facts
+    said = Explanation("", reports, tuple(breaks))
+    misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {b.cause}" for b in breaks]
+    misses += [f"{place.family}: no formula comes close" for place in said.unexplained]
+    coverage = said.coverage
+    return result, {
+        "graphs": len(reports),
+        "breaks": len(breaks),
+        "counts": {name: list(count) for name, count in said.counts.items()},
+        "places": {family: list(count) for family, count in coverage.places.items()},
+        "covered": [coverage.flops.covered, coverage.bytes.covered],
+        "misses": list(dict.fromkeys(misses)),
+    }
 
 
 def compare(ours: Step, eager: Step) -> str:

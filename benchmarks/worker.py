@@ -225,7 +225,7 @@ def measure(work: Workload) -> dict[str, Any]:
     with turns.alone() if turns is not None else contextlib.nullcontext():
         losses += [float(step()) for _ in range(work.warmup)]
         wait()
-        if cuda and not work.options.get("cuda_graphs"):  # replaying allocates nothing: its peak was that of recording
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(work.steps):
             started = time.perf_counter()

@@ -19,6 +19,7 @@ from ..passes.recognise import recognisers as all_recognisers
 from ..passes.rewrite import Recogniser
 from ..passes.runner import CompilerWarning, run_passes
 from .capture import CaptureError, retrace
+from .coverage import measure
 from .logits import drop_outputs, find_logits, restore_outputs
 from .lower import lower, lower_plain
 from .options import Options
@@ -73,7 +74,7 @@ def compile_graph(
     if recognisers is None:
         recognisers = all_recognisers(right_padded=options.padding == "right")
     try:
-        return _compile(gm, example_inputs, options, mode, recognisers, report)
+        return _compile(gm, example_inputs, options, mode, recognisers, report, observe is not None)
     except Exception as error:
         if options.strict:
             raise
@@ -92,9 +93,10 @@ def _compile(
     mode: str | None,
     recognisers: Sequence[Recogniser],
     report: GraphReport,
+    observed: bool,
 ) -> Compiled:
     started = time.perf_counter()
-    graph = retrace(gm)
+    graph = retrace(gm, check=False)  # the passes' check covers it
     report.capture_seconds = time.perf_counter() - started
     gaps: dict[int, Any] = {}
     if options.logits == "drop" and (indices := find_logits(graph)):
@@ -102,7 +104,12 @@ def _compile(
         gaps = _gaps(graph, indices)
         drop_outputs(graph, indices)
         report.dropped_outputs = indices
+    started = time.perf_counter()
+    traced = graph
     graph, report.passes = run_passes(graph, recognisers, disable=options.disable, strict=options.strict)
+    report.passes_seconds = time.perf_counter() - started
+    if observed:
+        report.coverage = measure(traced.graph, [name for site in report.rewritten for name in site.nodes])
     report.nodes = (len(gm.graph.nodes), len(graph.graph.nodes))
     compiled = lower(graph, example_inputs, options, mode, report)
     return _Step(compiled, _operators(graph), gaps)

@@ -29,9 +29,9 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from ..passes.fakes import fake_execution
-from ..passes.gradients import reachable_inputs
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
+from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record
+from .einsum import as_product
 from .mutations import behind_autograd, keep_mutations
 from .vmap import write_out_vmap
 
@@ -48,8 +48,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return torch.slice_scatter(target, source) if target.dim() else source
 
 
-# What functionalisation leaves without a derivative, which AOTAutograd and eager autograd would only say in backward.
-_SPELLINGS = {torch.ops.aten.copy.default: _copy}
+# Functionalisation leaves `copy` without a derivative, which AOTAutograd and eager autograd would only say in backward.
+_SPELLINGS = {torch.ops.aten.copy.default: _copy, torch.ops.aten.einsum.default: as_product}
 # Results that nothing may mutate under ``export``: whether they alias their input depends on the arguments.
 _FROZEN = {torch.nn.functional.dropout, torch.dropout}
 # What AOTAutograd and Inductor read from the placeholders of Dynamo's graph.
@@ -68,11 +68,13 @@ class CaptureError(RuntimeError):
     """The graph cannot be retraced faithfully; the caller keeps Dynamo's graph."""
 
 
-def retrace(gm: fx.GraphModule) -> fx.GraphModule:
+def retrace(gm: fx.GraphModule, *, check: bool = True) -> fx.GraphModule:
     """Retrace Dynamo's graph to functionalised pre-dispatch ATen.
 
     Args:
         gm: a graph module from Dynamo, whose placeholders carry fake values in ``meta["example_value"]``.
+        check: ask autograd now whether a gradient was lost; otherwise
+            :func:`~unsloth.passes.runner.run_passes` does, together with its own check.
 
     Returns:
         A new graph module with the same inputs and outputs. Every node has ``meta["val"]``, and where Dynamo knew
@@ -98,7 +100,16 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
     _keep_identity(gm, graph)
     _tidy(graph.graph)
     graph.recompile()
-    _check_gradients(gm, graph, fakes)
+    # Autograd itself says which inputs each output depends on: in Dynamo's own fake values, and later in ours.
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    leaves = pytree.tree_leaves(output.args[0])
+    record(graph, [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in leaves], fakes)
+    if check:
+        try:
+            assert_keeps_gradients(graph)
+        except LostGradient as error:
+            raise CaptureError(str(error)) from error
+        forget_record(graph)
     return graph
 
 
@@ -293,16 +304,3 @@ def _is_needless(node: fx.Node) -> bool:
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
-
-
-def _check_gradients(old: fx.GraphModule, new: fx.GraphModule, fakes: list[Any]) -> None:
-    """Autograd itself says which inputs each output depends on: in Dynamo's own fake values, and in the retrace."""
-    (output,) = (n for n in old.graph.nodes if n.op == "output")
-    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args[0])]
-    before = reachable_inputs(values, fakes)
-    with fake_execution(fakes):  # in the ambient grad mode, as the graph was recorded
-        after = reachable_inputs(pytree.tree_leaves(fx.Interpreter(new).run(*fakes)), fakes)
-    for index, (had, has) in enumerate(zip(before, after, strict=True)):
-        if lost := had - has:
-            names = [_placeholders(old)[i].name for i in sorted(lost)]
-            raise CaptureError(f"output {index} would lose its gradient with respect to {', '.join(names[:3])}")

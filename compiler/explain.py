@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..passes.runner import Site
+from .breaks import Break, watched
+from .coverage import Coverage, Place, Share
 from .options import Options
 from .report import GraphReport
 from .run import compiled, loss_of, undisturbed
+from .stages import stopwatch
+
+# What names of operators have in common that are of a family. A linear layer needs no reason, and there is one loss.
+_WORDS = {"norm": "norm", "rotation": "rope", "attention": "attention", "gated MLP": "glu"}
 
 
-@dataclass
+@dataclass(frozen=True)
+class MaskUse:
+    """A mask that attentions have, and what takes it.
+
+    Attributes:
+        mask: what was proven of it, or why it was kept.
+        kernel: what computes the attention.
+        proven: whether the mask is implied by the kernel, and exists as a tensor no more.
+        count: how many attentions.
+    """
+
+    mask: str
+    kernel: str
+    proven: bool
+    count: int
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """The result of :func:`explain`; ``print`` it.
+    """The result of :func:`explain`; ``print`` it, or take it as a dictionary, as JSON or as an HTML page.
 
     Attributes:
         model: class name and what is trained.
         graphs: a report per graph that Dynamo made.
-        breaks: reasons of graph breaks, as Dynamo words them.
+        breaks: graph breaks, with what to do about each.
+        stages: seconds by stage of the compilation, as PyTorch's own timers have them.
     """
 
     model: str
-    graphs: list[GraphReport] = field(default_factory=list)
-    breaks: list[str] = field(default_factory=list)
+    graphs: Sequence[GraphReport] = ()
+    breaks: tuple[Break, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -45,6 +71,89 @@ class Explanation:
         names = [p.name for g in self.graphs for p in g.passes]
         return {n: (hits[n], hits[n] + misses[n]) for n in dict.fromkeys(names)}
 
+    @property
+    def coverage(self) -> Coverage:
+        """Places, FLOPs and bytes of all graphs, and what of them is fused."""
+        return sum((g.coverage for g in self.graphs if g.coverage is not None), Coverage())
+
+    @property
+    def unexplained(self) -> list[Place]:
+        """Places that no match took and of whose module no near miss tells why."""
+        told = {(family, s.module) for s in self.missed for family, word in _WORDS.items() if word in s.operator}
+        return [p for p in self.coverage.left if p.family in _WORDS and (p.family, p.module) not in told]
+
+    @property
+    def masks(self) -> list[MaskUse]:
+        """The masks of all attentions."""
+        taken = Counter(s.detail for s in self.rewritten if s.operator == "attention")
+        kept = Counter(s.detail for s in self.missed if s.operator == "attention" and "mask" in s.detail)
+        uses = [MaskUse(mask, "unsloth's attention", True, n) for mask, n in taken.items()]
+        for reason, n in kept.items():
+            proven, _, why = reason.partition(": ")  # "causal ∧ window 16: no kernel for it" or "the mask is kept: …"
+            mask = f"not understood: {why}" if proven == "the mask is kept" else proven
+            uses.append(MaskUse(mask, "PyTorch's attention, with the mask as a tensor", False, n))
+        return uses
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, in order."""
+        ours = {
+            "capture": sum(g.capture_seconds for g in self.graphs),
+            "passes": sum(g.passes_seconds for g in self.graphs),
+        }
+        first = {name: s for name, s in self.stages.items() if name == "dynamo"}
+        return {**first, **ours, **self.stages}
+
+    @property
+    def troubles(self) -> list[str]:
+        """Stages and passes that had to be left out."""
+        fallbacks = [f"fallback: {g.fallback}" for g in self.graphs if g.fallback]
+        return fallbacks + [f"pass {p.name}: {p.error}" for g in self.graphs for p in g.passes if p.error]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is printed, in lists, dictionaries, strings and numbers."""
+        columns = [name for name, count in self.counts.items() if count[1]]
+        coverage = self.coverage
+        return {
+            "model": self.model,
+            "graphs": len(self.graphs),
+            "breaks": [asdict(b) for b in self.breaks],
+            "coverage": {
+                "places": {family: list(count) for family, count in coverage.places.items()},
+                "flops": _share(coverage.flops),
+                "bytes": _share(coverage.bytes),
+            },
+            "columns": columns,
+            "layers": [(layer, [_cell_facts(cells[name]) for name in columns]) for layer, cells in _cells(self)],
+            "missed": [
+                {
+                    "operator": operator,
+                    "reason": reason,
+                    "source_line": line,
+                    "how_far": max(s.how_far for s in sites),
+                    "modules": [s.module for s in sites],
+                }
+                for (operator, reason, line), sites in _grouped(self.missed).items()
+            ],
+            "unexplained": [
+                {"family": family, "source_line": line, "modules": [p.module for p in places]}
+                for (family, line), places in _alike(self.unexplained).items()
+            ],
+            "masks": [asdict(m) for m in self.masks],
+            "troubles": self.troubles,
+            "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def to_html(self) -> str:
+        """One self-contained page: readable on a phone, printed, light and dark."""
+        from .page import render
+
+        return render(self)
+
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
@@ -53,27 +162,25 @@ def explain(model: nn.Module, batch: Any, *, options: dict[str, Any] | None = No
     """Compile the model on a batch and say, place by place, what was recognised and what was not.
 
     The rewritten graph runs once, forward only, under eager autograd; gradients, buffers and random state are left as
-    they were.
+    they were. With ``options={"lowering": "inductor"}`` the whole step is compiled and run, and the time of every
+    stage is in the answer.
 
     Args:
         model: any module whose forward returns a loss, PEFT-wrapped or not.
         batch: keyword arguments of its forward (labels included), on the model's device.
-        options: the backend's options; ``lowering`` is always "eager" here.
+        options: the backend's options; ``lowering`` is "eager" here unless it is given.
 
     Raises:
         OptionError: for an unknown option.
         BatchError: when the model returns no scalar loss.
     """
-    parsed = Options.parse({**(options or {}), "lowering": "eager"})
-    explanation = Explanation(describe(model))
-    breaks = torch._dynamo.utils.counters["graph_break"]
-    before = Counter(breaks)
-    torch._dynamo.reset()
-    with undisturbed(model):
-        loss_of(compiled(model, parsed, explanation.graphs), batch)
-    torch._dynamo.reset()
-    explanation.breaks = list(Counter(breaks) - before)
-    return explanation
+    parsed = Options.parse({"lowering": "eager", **(options or {})})
+    reports: list[GraphReport] = []
+    with undisturbed(model), watched() as breaks, stopwatch() as stages:
+        loss = loss_of(compiled(model, parsed, reports), batch)
+        if parsed.lowering == "inductor":
+            loss.backward()
+    return Explanation(describe(model), tuple(reports), tuple(breaks), stages)
 
 
 def describe(model: nn.Module) -> str:
@@ -96,30 +203,68 @@ def _lines(e: Explanation) -> list[str]:
         total = "  ".join(f"{name} {hit}/{seen}" for name, (hit, seen) in counts.items())
         lines.append(f"{'total':<12}{total}")
     lines += [f"{'variant':<12}{op}: {detail} ({n})" for (op, detail), n in _details(e.rewritten).items() if detail]
+    if (coverage := e.coverage).flops.total:
+        costs = (("FLOPs", coverage.flops), ("bytes", coverage.bytes))
+        shares = [f"{name} {s.covered:.0%} fused, {_library(s):.0%} library kernels" for name, s in costs]
+        lines.append(f"{'covered':<12}{'; '.join(shares)}")
+        places = "  ".join(f"{name} {hit}/{there}" for name, (hit, there) in coverage.places.items())
+        lines.append(f"{'places':<12}{places}")
+    lines += [f"{'mask':<12}{m.mask} → {m.kernel} ({m.count})" for m in e.masks]
     for (operator, reason, line), sites in _grouped(e.missed).items():
         where = f"{sites[0].module or 'graph'}" + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")
-        lines.append(f"{'missed':<12}{operator} in {where}: {reason}" + (f"  ({line})" if line else ""))
+        lines.append(f"{'missed':<12}{operator} in {where}: {reason}{f'  ({line})' if line else ''}")
+    for (family, line), places in _alike(e.unexplained).items():
+        where = f"{places[0].module or 'graph'}" + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+        lines.append(f"{'left':<12}{family} in {where}: no formula of ours comes close{f'  ({line})' if line else ''}")
     for graph in e.graphs:
+        if graph.dropped_outputs:
+            lines.append(f"{'logits':<12}not kept (options: logits=drop)")
         if graph.fallback:
             lines.append(f"{'fallback':<12}{graph.fallback}")
         lines += [f"{'failed':<12}pass {p.name}: {p.error}" for p in graph.passes if p.error]
-    lines += [f"{'break':<12}{reason.splitlines()[0]}" for reason in e.breaks]
-    seconds = sum(g.capture_seconds for g in e.graphs), sum(p.seconds for g in e.graphs for p in g.passes)
-    lines.append(f"{'time':<12}capture {seconds[0]:.2f} s, passes {seconds[1]:.2f} s")
+    for found in e.breaks:
+        lines += [f"{'break':<12}{found}", f"{'':<12}→ {found.remedy}"]
+    lines.append(f"{'time':<12}{', '.join(f'{name} {s:.2f} s' for name, s in e.seconds.items())}")
     return lines
+
+
+def _alike(places: list[Place]) -> dict[tuple[str, str | None], list[Place]]:
+    groups: dict[tuple[str, str | None], list[Place]] = defaultdict(list)
+    for place in places:
+        groups[place.family, place.source_line].append(place)
+    return groups
+
+
+def _library(share: Share) -> float:
+    return share.library / share.total if share.total else 0.0
+
+
+def _share(share: Share) -> dict[str, float]:
+    return {**asdict(share), "covered": share.covered}
+
+
+def _cells(e: Explanation) -> list[tuple[str, dict[str, list[Site | None]]]]:
+    """By layer and operator the details of rewritten sites, and None for each that was missed."""
+    cells: dict[str, dict[str, list[Site | None]]] = defaultdict(lambda: defaultdict(list))
+    for site in e.rewritten:
+        cells[_layer(site.module)][site.operator].append(site)
+    for site in e.missed:
+        cells[_layer(site.module)][site.operator].append(None)
+    return sorted(cells.items(), key=lambda item: _layer_order(item[0]))
+
+
+def _cell_facts(sites: Iterable[Site | None]) -> dict[str, Any]:
+    found = list(sites)
+    details = dict.fromkeys(s.detail for s in found if s is not None and s.detail)
+    return {"hit": sum(s is not None for s in found), "of": len(found), "details": list(details)}
 
 
 def _table(e: Explanation, names: list[str]) -> list[str]:
     """Layers with the same counts share a row."""
-    cells: dict[str, dict[str, list[int]]] = defaultdict(lambda: {n: [0, 0] for n in names})
-    for site in e.rewritten:
-        cells[_layer(site.module)][site.operator][0] += 1
-        cells[_layer(site.module)][site.operator][1] += 1
-    for site in e.missed:
-        cells[_layer(site.module)][site.operator][1] += 1
     rows: dict[str, list[str]] = defaultdict(list)
-    for layer in sorted(cells, key=_layer_order):
-        rows["".join(_cell(cells[layer][n], _width(n)) for n in names)].append(layer)
+    for layer, cells in _cells(e):
+        counts = {n: [sum(s is not None for s in cells[n]), len(cells[n])] for n in names}
+        rows["".join(_cell(counts[n], _width(n)) for n in names)].append(layer)
     header = f"{'layer':<12}" + "".join(f"{n:<{_width(n)}}" for n in names)
     return [header.rstrip(), *(f"{_span(layers):<12}{row}".rstrip() for row, layers in rows.items())]
 

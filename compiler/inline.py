@@ -40,7 +40,9 @@ class InlineReferences(CustomGraphPass):
         graph.lint()
 
     def uuid(self) -> str:
-        return f"unsloth-inline-{source_digest()}"
+        # A graph compiled after a kernel had failed must not come back where it works.
+        disabled = sorted(op.name for op in OPERATORS.values() if op.disabled is not None)
+        return f"unsloth-inline-{source_digest()}-{','.join(disabled)}"
 
 
 def _references() -> dict[Any, tuple[Operator, Any]]:

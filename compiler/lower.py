@@ -34,8 +34,6 @@ def lower(
         # A plan never changes numbers: recomputed values must round where the kept ones did.
         "emulate_precision_casts": True,
     }
-    if options.cuda_graphs:
-        patches |= {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     return compile_fx(graph, list(example_inputs), config_patches=patches)
 
 

@@ -29,10 +29,6 @@ class Options:
             Dropped logits raise a clear error when they are read.
         padding: "any", or "right": a promise that attention masks hide tokens at the end of a row only, and that
             nothing is read at hidden positions (their labels are ignored). Causal attention then needs no mask.
-        cuda_graphs: record the kernels of a step once and replay them, which spares the host launching them one by one.
-            For graphs whose sizes stay the same; one with symbolic sizes is launched as ever. Results and gradients lie
-            in recorded memory, which the next call overwrites: clone what should outlive it. Gradients that are
-            accumulated over several calls have to be cloned after the first (our trainers do).
     """
 
     memory_budget: int | None = None
@@ -41,7 +37,6 @@ class Options:
     lowering: Literal["inductor", "eager"] = "inductor"
     logits: Literal["keep", "drop"] = "keep"
     padding: Literal["any", "right"] = "any"
-    cuda_graphs: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, passes: Iterable[str] = ()) -> Options:
@@ -68,7 +63,6 @@ class Options:
             "lowering": lambda value: _one_of("lowering", value, ("inductor", "eager")),
             "logits": lambda value: _one_of("logits", value, ("keep", "drop")),
             "padding": lambda value: _one_of("padding", value, ("any", "right")),
-            "cuda_graphs": lambda value: _one_of("cuda_graphs", value, (True, False)),
         }
         return cls(**{name: checks[name](value) for name, value in given.items()})
 

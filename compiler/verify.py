@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._inductor import config as inductor_config
 
 from ..passes.recognise import RECOGNISERS
 from ..passes.recognise import recognisers as all_recognisers
-from ..passes.rewrite import Recogniser
+from ..passes.rewrite import Match, Miss, Recogniser
+from ..passes.runner import Site
 from .options import Options
+from .report import GraphReport
 from .run import compiled, loss_of, undisturbed
 
 
@@ -33,7 +36,7 @@ class GradientError:
     eager: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
     """The result of :func:`verify`; ``print`` it, or test ``ok``.
 
@@ -45,6 +48,8 @@ class Verification:
         missing: parameters that have a gradient in eager and none (or zero) compiled, or the reverse.
         first_deviation: the first pass after which the numbers deviate, "lowering" when they only do below our
             passes, or None.
+        culprit: of that pass, the first place whose rewrite makes the numbers deviate; None without such a pass.
+        grad_norm: norm of all compiled gradients together; a step without one trains nothing, and is not ok.
     """
 
     ok: bool
@@ -55,6 +60,8 @@ class Verification:
     tolerance: float
     missing: list[str] = field(default_factory=list)
     first_deviation: str | None = None
+    culprit: Site | None = None
+    grad_norm: float = float("nan")
 
     def __str__(self) -> str:
         truth = "eager" if self.loss_float32 is None else "a float32 run"
@@ -68,8 +75,15 @@ class Verification:
             f"gradient  {g.parameter}: compiled {g.compiled:.2e}, eager {g.eager:.2e}" for g in self.gradients[:3]
         ]
         lines += [f"missing   {name}" for name in self.missing]
+        if self.grad_norm == 0:
+            lines.append("missing   every gradient is zero: such a step trains nothing")
         if self.first_deviation:
             lines.append(f"deviates  first after {self.first_deviation}")
+        if self.culprit:
+            site = self.culprit
+            kind = f" ({site.detail})" if site.detail else ""
+            line = f", {site.source_line}" if site.source_line else ""
+            lines.append(f"culprit   {site.operator}{kind} in {site.module or 'graph'}{line}")
         return "\n".join(lines)
 
 
@@ -110,7 +124,9 @@ def verify(
         truth = eager if dtype == torch.float32 else _float32_step(model, batch)
         result = _compare(ours, eager, truth, tolerance)
         if not result.ok:
-            result.first_deviation = _bisect(model, batch, parsed, recognisers, eager, truth, tolerance)
+            search = _Search(model, batch, parsed, recognisers, lambda step: _compare(step, eager, truth, tolerance).ok)
+            deviation, culprit = search.run()
+            result = replace(result, first_deviation=deviation, culprit=culprit)
     return result
 
 
@@ -127,11 +143,17 @@ def _step(run: Any, owner: nn.Module, batch: Any) -> _Step:
     return float(loss.detach()), gradients
 
 
-def _compiled_step(model: nn.Module, batch: Any, options: Options, recognisers: Sequence[Recogniser]) -> _Step:
+def _compiled_step(
+    model: nn.Module,
+    batch: Any,
+    options: Options,
+    recognisers: Sequence[Recogniser],
+    reports: list[GraphReport] | None = None,
+) -> _Step:
     torch._dynamo.reset()
     # Inductor draws dropout masks of its own unless told to draw eager's.
     with inductor_config.patch(fallback_random=True):
-        step = _step(compiled(model, options, [], recognisers), model, batch)
+        step = _step(compiled(model, options, [] if reports is None else reports, recognisers), model, batch)
     torch._dynamo.reset()
     return step
 
@@ -154,13 +176,17 @@ def _compare(ours: _Step, eager: _Step, truth: _Step | None, tolerance: float) -
     ]
     errors.sort(key=lambda g: g.compiled - 1.1 * g.eager, reverse=True)
     off_loss = abs(ours[0] - exact[0]) - 1.1 * abs(eager[0] - exact[0])
+    grad_norm = sum(float(g.double().norm()) ** 2 for g in ours[1].values()) ** 0.5
     ok = (
         not missing
+        and grad_norm > 0
         and bool(errors)
         and off_loss <= tolerance * abs(exact[0])  # a NaN is never fine
         and all(g.compiled <= 1.1 * g.eager + tolerance for g in errors)
     )
-    return Verification(ok, ours[0], eager[0], truth[0] if truth else None, errors, tolerance, missing)
+    return Verification(
+        ok, ours[0], eager[0], truth[0] if truth else None, errors, tolerance, missing, grad_norm=grad_norm
+    )
 
 
 def _vanished(ours: Tensor | None, eager: Tensor | None) -> bool:
@@ -173,19 +199,56 @@ def _error(value: Tensor, truth: Tensor) -> float:
     return float(difference / norm) if norm > 0 else float(difference)
 
 
-def _bisect(
-    model: nn.Module,
-    batch: Any,
-    options: Options,
-    recognisers: Sequence[Recogniser],
-    eager: _Step,
-    truth: _Step | None,
-    tolerance: float,
-) -> str | None:
-    """Add one pass after the other under eager autograd; what deviates only under Inductor is the lowering's."""
-    plain = Options(disable=options.disable, lowering="eager", logits=options.logits)
-    for end in range(len(recognisers) + 1):
-        step = _compiled_step(model, batch, plain, recognisers[:end])
-        if not _compare(step, eager, truth, tolerance).ok:
-            return f"pass {recognisers[end - 1].name}" if end else "capture"
-    return "lowering"
+@dataclass(frozen=True)
+class _Search:
+    """Looks for the first rewrite after which the numbers deviate: over the passes, then over the places of one.
+
+    Attributes:
+        same: whether a step is still the same.
+    """
+
+    model: nn.Module
+    batch: Any
+    options: Options
+    recognisers: Sequence[Recogniser]
+    same: Callable[[_Step], bool]
+
+    def run(self) -> tuple[str, Site | None]:
+        """Under eager autograd; what deviates only under Inductor is the lowering's."""
+        active = [r for r in self.recognisers if r.name not in self.options.disable]
+        if not self._is_same(active[:0]):
+            return "capture", None
+        for end in range(1, len(active) + 1):
+            if not self._is_same(active[:end]):
+                return f"pass {active[end - 1].name}", self._place(active[: end - 1], active[end - 1])
+        return "lowering", None
+
+    def _place(self, before: list[Recogniser], guilty: Recogniser) -> Site | None:
+        """Halve the number of the pass's matches until one more of them is one too many."""
+        reports: list[GraphReport] = []
+        self._is_same([*before, guilty], reports)
+        good, bad = 0, max((len(g.rewritten) + len(g.missed) for g in reports), default=0)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self._is_same([*before, _First(guilty, middle)]):
+                good = middle
+            else:
+                bad = middle
+        reports.clear()
+        self._is_same([*before, _First(guilty, bad)], reports)
+        sites = [s for g in reports for p in g.passes if p.name == guilty.name for s in p.rewritten]
+        return sites[-1] if sites else None
+
+    def _is_same(self, recognisers: Sequence[Recogniser], reports: list[GraphReport] | None = None) -> bool:
+        plain = Options(lowering="eager", logits=self.options.logits)
+        return self.same(_compiled_step(self.model, self.batch, plain, recognisers, reports))
+
+
+class _First:
+    """A pass that applies the first of its matches in a graph and leaves the others alone."""
+
+    def __init__(self, recogniser: Recogniser, count: int) -> None:
+        self.name, self.recogniser, self.count = recogniser.name, recogniser, count
+
+    def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
+        return itertools.islice((i for i in self.recogniser.find(graph) if isinstance(i, Match)), self.count)

@@ -2,13 +2,15 @@
 
 Vaswani et al. 2017, arXiv:1706.03762; never storing the scores: Dao 2023, arXiv:2307.08691; grouped keys and values:
 Ainslie et al. 2023, arXiv:2305.13245. q: [batch, heads, queries, width]; k, v: [batch, kv_heads, keys, width], where
-query head h reads kv head h // (heads / kv_heads); causal: query i sees keys 0..i. Returns out, like q, and lse, the
-logarithm of the softmax's denominator: [batch, heads, queries], natural, of the scaled scores, float32 (float64 in
-float64).
+query head h reads kv head h // (heads / kv_heads); causal: query i sees keys j <= i; window: it sees keys j > i -
+window, with causal the last `window` of them, its own included (Beltagy et al. 2020, arXiv:2004.05150; counted as in
+Mistral), and None: from the first. Returns out, like q, and lse, the logarithm of the softmax's denominator: [batch,
+heads, queries], natural, of the scaled scores, float32 (float64 in float64).
 
 This is no kernel of ours: `choose_backend` picks a library's, by measurement. One H100, bf16, causal, width 128, 32/8
 heads, 2 x 2048, forward and backward of 32 layers: cuDNN 20.9 ms, FlashAttention-2 (PyTorch's default) 37.7 ms. The
-floor is 14 * batch * heads * queries * keys * width operations, half of them when causal, at about 800 TFLOP/s.
+floor is 14 * batch * heads * queries * keys * width operations, half of them when causal, at about 800 TFLOP/s. A
+window goes to FlashAttention-2, which skips the blocks outside it; cuDNN's operator in PyTorch has no argument for one.
 
 What the libraries leave open is settled here, so that graphs, planner and backward see one contract: out and all
 gradients lie in memory as [batch, length, heads, width], which makes the reshape around a projection free, and lse is
@@ -54,11 +56,17 @@ def _sum_groups(grad: Tensor, x: Tensor) -> Tensor:
     return grad.unflatten(1, (x.shape[1], grad.shape[1] // x.shape[1])).sum(2)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def _visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tensor:
+    """[queries, keys]: which keys a query sees."""
+    visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    visible = visible.tril() if causal else visible
+    return visible if window is None else visible.triu(1 - window)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
     scores = _wide(q) @ _per_query_head(k, q).transpose(-1, -2) * scale
-    if causal:
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, float("-inf"))
+    if causal or window is not None:
+        scores = scores.masked_fill(~_visible(q, k, causal, window), float("-inf"))
     return scores
 
 
@@ -66,8 +74,10 @@ def _rounded(x: Tensor, like: Tensor) -> Tensor:
     return _length_major_copy(x.to(like.dtype))
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale)
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, causal, scale, window)
     lse = torch.logsumexp(scores, dim=-1)
     out = torch.softmax(scores, dim=-1) @ _per_query_head(v, q)
     return _rounded(out, q), lse.clone(memory_format=torch.contiguous_format)
@@ -82,9 +92,10 @@ def _reference_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    window: int | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    probabilities = torch.exp(_scores(q, k, causal, scale) - lse.unsqueeze(-1))
+    probabilities = torch.exp(_scores(q, k, causal, scale, window) - lse.unsqueeze(-1))
     grad_, out_ = _wide(grad), _wide(out)
     grad_probabilities = grad_ @ _per_query_head(v, q).transpose(-1, -2)
     # The softmax's gradient needs sum_j p_ij dp_ij, which is the product of out and its gradient: no second pass.
@@ -99,16 +110,16 @@ def _reference_backward(
 # -- which library -----------------------------------------------------------------------------------------------------
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Backend:
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None = None) -> Backend:
     """The implementation that forward and backward run for these (real) tensors.
 
     cuDNN where it is known to be right and fastest (Hopper and data-centre Blackwell), FlashAttention-2 on the other
-    CUDA devices, PyTorch's flash kernel on the CPU, and the formula written out where none of them applies, which only
-    a direct call of the operator meets: `supports` refuses those cases.
+    CUDA devices and for windows that hide something, PyTorch's flash kernel on the CPU, and the formula written out
+    where none of them applies, which only a direct call of the operator meets: `supports` refuses those cases.
     """
     if _forced is not None:
         return _forced
-    if q.numel() == 0 or k.numel() == 0 or q.shape[-1] != v.shape[-1]:
+    if q.numel() == 0 or k.numel() == 0 or q.shape[-1] != v.shape[-1] or (window is not None and not causal):
         return "explicit"
     if q.device.type == "cpu":
         return "cpu"
@@ -116,7 +127,12 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Backend:
         return "explicit"
     if causal and q.shape[2] != k.shape[2]:
         return "explicit"  # FlashAttention-2 aligns the diagonal bottom right, cuDNN and PyTorch top left
-    return "cudnn" if _cudnn_is_best(q, k) else "flash"
+    return "cudnn" if _hiding(window, q) is None and _cudnn_is_best(q, k) else "flash"
+
+
+def _hiding(window: int | None, q: Tensor) -> int | None:
+    """The window, or None where it reaches the first key from each of the (real) queries and so hides nothing."""
+    return None if window is None or window >= q.shape[2] else window
 
 
 @contextlib.contextmanager
@@ -177,6 +193,13 @@ def _device_problem(q: Tensor) -> str | None:
 
 
 @functools.cache
+def _flash_takes_windows() -> bool:
+    """Whether this PyTorch's FlashAttention-2 operators have the arguments for a window."""
+    schemas = [aten._flash_attention_forward.default._schema, aten._flash_attention_backward.default._schema]
+    return all({"window_size_left", "window_size_right"} <= {a.name for a in s.arguments} for s in schemas)
+
+
+@functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
@@ -219,15 +242,30 @@ def _unaligned(x: Tensor) -> bool:
     return x.is_cuda and x.data_ptr() % 16 != 0
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    backend = choose_backend(q, k, v, causal)
+def _additive(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """Causal and the window as a mask [queries, keys] that is added to the scores, as the CPU kernel wants it."""
+    return q.new_zeros(()).masked_fill(~_visible(q, k, True, window), float("-inf"))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+    backend = choose_backend(q, k, v, causal, window)
+    window = _hiding(window, q)
     if backend == "explicit":
-        return _reference(q, k, v, causal, scale)
+        return _reference(q, k, v, causal, scale, window)
     q, k, v = _readable(q), _readable(k), _readable(v)
     if backend == "cudnn":
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
-    elif backend == "flash":
+    elif backend == "flash" and window is None:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    elif backend == "flash" and window is not None:
+        out, lse, *_ = aten._flash_attention_forward(
+            *(x.transpose(1, 2) for x in (q, k, v)), None, None, q.shape[2], k.shape[2], 0.0, causal, False,
+            scale=scale, window_size_left=window - 1, window_size_right=0,
+        )  # fmt: skip
+        out = out.transpose(1, 2)
+    elif window is not None:
+        mask = _additive(q, k, window)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     else:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     # cuDNN's lse is [batch, heads, queries, 1], the CPU's is transposed in memory.
@@ -243,11 +281,13 @@ def _backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    window: int | None,
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    backend = choose_backend(q, k, v, causal)
+    backend = choose_backend(q, k, v, causal, window)
+    window = _hiding(window, q)
     if backend == "explicit":
-        return _reference_backward(grad, q, k, v, out, lse, causal, scale, needs)
+        return _reference_backward(grad, q, k, v, out, lse, causal, scale, window, needs)
     q, k, v = _readable(q), _readable(k), _readable(v)
     # One layout for out and its gradient: cuDNN caches its plans by the layouts of q, k and v alone.
     grad, out, lse = _length_major(grad), _length_major(out), _exactly_contiguous(lse)
@@ -259,9 +299,20 @@ def _backward(
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, *lengths, 0.0, causal, scale=scale
         )
-    elif backend == "flash":
+    elif backend == "flash" and window is None:
         grads = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused, scale=scale
+        )
+    elif backend == "flash" and window is not None:
+        grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        grads = aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *lengths, 0.0, causal, unused, unused,
+            scale=scale, window_size_left=window - 1, window_size_right=0,
+        )  # fmt: skip
+        grads = tuple(g.transpose(1, 2) for g in grads)
+    elif window is not None:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, False, attn_mask=_additive(q, k, window), scale=scale
         )
     else:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -273,12 +324,24 @@ def _backward(
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
-def _supports(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> str | None:
+def _supports(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> str | None:
     if any(x.dim() != 4 for x in (q, k, v)):
         return "q, k and v have to be [batch, heads, length, width]"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
-    return _shape_problem(q, k, v, causal) or _library_problem(q)
+    return _shape_problem(q, k, v, causal) or _window_problem(q, causal, window) or _library_problem(q)
+
+
+def _window_problem(q: Tensor, causal: bool, window: int | None) -> str | None:
+    if window is None:
+        return None
+    if not causal:
+        return f"window {window} without causal: no kernel"
+    if window < 1:
+        return f"window {window} hides every key"
+    if q.device.type == "cuda" and not _flash_takes_windows():
+        return f"window {window}: FlashAttention-2 of this PyTorch takes none"
+    return None
 
 
 def _shape_problem(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
@@ -303,14 +366,19 @@ def _library_problem(q: Tensor) -> str | None:
     return f"no library of ours runs on {q.device.type}"
 
 
-def _score_products(q: Tensor, k: Tensor, causal: bool) -> Any:
-    """Operations of one product with the matrix of scores; those that the causal mask hides are not computed."""
+def _score_products(q: Tensor, k: Tensor, causal: bool, window: int | None) -> Any:
+    """Operations of one product with the matrix of scores; those that the mask hides are not computed."""
     batch, heads, queries, width = q.shape
-    return 2 * batch * heads * queries * k.shape[2] * width // (2 if causal else 1)
+    # Twice the visible scores: causal hides one triangle above the diagonal, a window another one, out of its reach.
+    doubled = queries * k.shape[2] * (1 if causal else 2)
+    if window is not None:
+        out_of_reach = queries - torch.sym_min(window, queries)
+        doubled -= out_of_reach * out_of_reach
+    return batch * heads * doubled * width
 
 
 attention = operator(
-    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, int? window) -> (Tensor out, Tensor lse)",
     reference=_reference,
     reference_backward=_reference_backward,
     forward=_forward,
@@ -320,7 +388,7 @@ attention = operator(
     gradients_of="out",
     supports=_supports,
     # Forward has two such products. Backward repeats the scores and makes the gradients of p, v, q and k.
-    flops=lambda q, k, v, causal, scale: 2 * _score_products(q, k, causal),
-    backward_flops=lambda q, k, v, causal, scale: 5 * _score_products(q, k, causal),
+    flops=lambda q, k, v, causal, scale, window: 2 * _score_products(q, k, causal, window),
+    backward_flops=lambda q, k, v, causal, scale, window: 5 * _score_products(q, k, causal, window),
     devices=("cuda", "cpu"),
 )

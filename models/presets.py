@@ -7,10 +7,13 @@ so that a benchmark can load it into another system's process by its path.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig
+
+if TYPE_CHECKING:  # modelling takes two seconds to import, and shapes are asked for without it
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Grouped-query attention, a head size that is not hidden / heads, and a vocabulary that is no power of two: what a
 # pattern must not take for granted. 260 tokens are the bytes and four special ones.
@@ -132,6 +135,8 @@ def build(
     Raises:
         KeyError: for a name that is not in :data:`SHAPES`.
     """
+    from transformers import AutoModelForCausalLM
+
     settings = config(name)
     with torch.random.fork_rng(devices=_cuda_index(device)), torch.device(device):
         torch.manual_seed(seed)

@@ -102,7 +102,13 @@ class Refused:
     reason: str
 
 
-def apply(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> dict[fx.Node, fx.Node] | Refused:
+Known = dict[Any, Any]
+"""What :func:`apply` has learnt of operators on arguments of a shape; the layers of a model share nearly all of it."""
+
+
+def apply(
+    graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region], known: Known | None = None
+) -> dict[fx.Node, fx.Node] | Refused:
     """Replace a match by its operator, or say which soundness rule or guard forbids it.
 
     Args:
@@ -110,17 +116,18 @@ def apply(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> di
         match: what to replace.
         region: from :func:`regions`. What a gradient flows through may not span two of them; a statistic, which has
             none, may be taken in another grad mode.
+        known: handed from match to match of one graph, so that no operator is asked the same twice.
 
     Returns:
         The new node for each of the match's outputs, or the refusal (the graph is then unchanged).
     """
     if reason := _unsound(match, region):
         return Refused(reason)
-    if (place := _place(graph, match, region)) is None:
+    if (place := _place(match, region)) is None:
         return Refused("an output is used before every argument of the operator exists")
     new = Call(match.operator, _under_autocast(match))
     with torch.no_grad():
-        values = _evaluate(new)
+        values = _evaluate(new, {} if known is None else known)
     if isinstance(values, Refused):
         return values
     result = values[id(new)]
@@ -189,46 +196,46 @@ def _inner(outputs: list[fx.Node], match: Match) -> set[fx.Node]:
     return found
 
 
-def _place(graph: fx.Graph, match: Match, region: Mapping[fx.Node, Region]) -> fx.Node | None:
+def _place(match: Match, region: Mapping[fx.Node, Region]) -> fx.Node | None:
     """The node before which the operator goes: after all its arguments, before the first use of any output.
 
     Arguments that come later, such as a weight that is dequantised where it is used, are moved up where they can be.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    if (place := _between(match, order)) is None and (late := _late(match, order, region)):
-        first = min(_graded(match), key=order.__getitem__)
+    if (place := _between(match)) is None and (late := _late(match, region)):
+        first = min(_graded(match))
         for node in late:
             first.prepend(node)
-        place = _between(match, {node: i for i, node in enumerate(graph.nodes)})
+        place = _between(match)
     return place
 
 
-def _late(match: Match, order: dict[fx.Node, int], region: Mapping[fx.Node, Region]) -> list[fx.Node]:
+def _late(match: Match, region: Mapping[fx.Node, Region]) -> list[fx.Node]:
     """What has to move before the first output for the arguments to exist there, in order; none if it may not."""
     if not (graded := _graded(match)):
         return []
-    first = min(graded, key=order.__getitem__)
+    first = min(graded)
     late, todo = set[fx.Node](), list(_nodes(match.args))
     while todo:
         node = todo.pop()
-        if order[node] < order[first] or node in late:
+        if node < first or node in late:
             continue
         pure = node.op == "call_function" and not is_random(node) and not _is_boundary(node)
         if node in match.interior or region[node] != region[first] or not pure:
             return []
         late.add(node)
         todo += node.all_input_nodes
-    return sorted(late, key=order.__getitem__)
+    return sorted(late)
 
 
-def _between(match: Match, order: dict[fx.Node, int]) -> fx.Node | None:
-    last = max((order[node] for node in _nodes(match.args)), default=-1)
-    outside = [order[u] for node in match.outputs for u in node.users if u not in match.interior]
-    candidates = [node for node in _graded(match) if order[node] > last]  # in the grad mode of what has a gradient
-    if not candidates or (outside and min(outside) <= last):
+def _between(match: Match) -> fx.Node | None:
+    arguments = list(_nodes(match.args))
+    last = max(arguments) if arguments else None
+    candidates = [n for n in _graded(match) if last is None or n > last]  # in the grad mode of what has a gradient
+    outside = [u for node in match.outputs for u in node.users if u not in match.interior]
+    if not candidates:
         return None
-    place = min(candidates, key=order.__getitem__)
-    return place if not outside or order[place] <= min(outside) else None
+    place = min(candidates)
+    return place if not outside or place <= min(outside) else None
 
 
 def _changes(node: fx.Node, new: torch.Tensor) -> str | None:
@@ -285,16 +292,17 @@ def _under_autocast(match: Match) -> tuple[Any, ...]:
     return tuple(args)
 
 
-def _evaluate(call: Call) -> dict[int, Any] | Refused:
+def _evaluate(call: Call, known: Known) -> dict[int, Any] | Refused:
     """The fake result of a call and of every call inside it, by ``id``; or why an operator does not apply."""
     values: dict[int, Any] = {}
 
     def result(inner: Call) -> Any:
         args = [_mapped(a, value, result) for a in inner.args]
         kwargs = {key: _mapped(a, value, result) for key, a in inner.kwargs.items()}
-        if isinstance(inner.target, Operator) and (reason := inner.target.supports(*args)):
-            raise _NotSupported(reason)
-        values[id(inner)] = _overload(inner.target)(*args, **kwargs)
+        if isinstance(inner.target, Operator):
+            values[id(inner)] = _answer(inner.target, args, known)
+        else:
+            values[id(inner)] = inner.target(*args, **kwargs)
         return values[id(inner)]
 
     try:
@@ -303,6 +311,36 @@ def _evaluate(call: Call) -> dict[int, Any] | Refused:
     except _NotSupported as refusal:
         return Refused(str(refusal))
     return values
+
+
+def _answer(op: Operator, args: list[Any], known: Known) -> Any:
+    """An operator's fake result, in tensors of its own; what it says depends on its arguments' metadata alone."""
+    first = [next(j for j, other in enumerate(args) if other is a) for a in args]  # which are the same tensor
+    key = op, *map(_metadata, args), *first
+    if key not in known:
+        reason = op.supports(*args)
+        known[key] = reason or op.overload(*args)
+    answer = known[key]
+    if isinstance(answer, str):
+        raise _NotSupported(answer)
+    if isinstance(answer, tuple):
+        return tuple(_empty_like(a) for a in answer)
+    return _empty_like(answer)
+
+
+def _metadata(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        sizes = tuple(map(_metadata, (*argument.shape, *argument.stride(), argument.storage_offset())))
+        return sizes, argument.dtype, argument.device, argument.requires_grad
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_metadata, argument))
+    if isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return argument.node.expr
+    return type(argument), argument  # True is not 1
+
+
+def _empty_like(answer: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(answer.shape, answer.stride(), dtype=answer.dtype, device=answer.device)
 
 
 class _NotSupported(Exception):

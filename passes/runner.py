@@ -1,7 +1,7 @@
 """Runs recognisers over a graph, applies what they find behind the soundness checks, and keeps account of it.
 
-Every pass works on a copy. If it raises, or if its result fails a check, the copy is dropped, one warning names the
-pass, and the graph goes on as it was; under ``strict`` the error is raised instead.
+The passes work on a copy. If one raises, or if its result fails a check, the copy is dropped, one warning names the
+pass, and the others start again without it; under ``strict`` the error is raised instead.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ import torch
 from torch import fx
 from torch._logging import trace_structured
 
-from .rewrite import Match, Miss, Recogniser, Refused, apply, module_path, regions, source_line
-from .soundness import Unsound, assert_same_mathematics, count_guards
+from .rewrite import Known, Match, Miss, Recogniser, Refused, apply, module_path, regions, source_line
+from .soundness import (
+    LostGradient,
+    Unsound,
+    assert_keeps_gradients,
+    assert_same_mathematics,
+    count_guards,
+    forget_record,
+)
 
 # What AOTAutograd and Inductor read from Dynamo's graph module besides its graph.
 MODULE_ATTRIBUTES = ("_param_name_to_source", "_source_to_user_stacks", "shape_env", "compile_subgraph_reason")
@@ -41,6 +48,7 @@ class Site:
         source_line: ``file.py:line`` of the model's source, or None.
         detail: the variant that matched, or the reason why nothing did.
         how_far: for near misses, how many nodes of the formula had matched.
+        nodes: names, in the graph before all passes, of the nodes that the operator took the place of.
     """
 
     operator: str
@@ -48,6 +56,7 @@ class Site:
     source_line: str | None
     detail: str
     how_far: int = 0
+    nodes: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -82,38 +91,54 @@ def run_passes(
 
     Raises:
         PassError: a pass raised or was unsound, and ``strict`` is set.
+        LostGradient: the graph carries a record (:func:`~unsloth.passes.soundness.record`) of gradients that it lacks
+            itself, whatever the passes do.
     """
     disabled = set(disable)
-    original = gm
-    reports = []
-    for recogniser in recognisers:
-        if recogniser.name in disabled:
-            continue
-        gm, report = _run(gm, recogniser, strict)
-        reports.append(report)
+    active = [r for r in recognisers if r.name not in disabled]
+    result, reports = _run_all(gm, active, strict)
     if any(r.rewritten for r in reports):
-        gm = _verified(original, gm, recognisers, reports, disabled, strict)
-    return gm, reports
+        result = _verified(gm, result, active, reports, strict)
+    else:
+        result = gm
+        assert_keeps_gradients(gm)
+    forget_record(result)
+    return result, reports
 
 
-def _run(gm: fx.GraphModule, recogniser: Recogniser, strict: bool) -> tuple[fx.GraphModule, PassReport]:
+def _run_all(
+    gm: fx.GraphModule, recognisers: Sequence[Recogniser], strict: bool
+) -> tuple[fx.GraphModule, list[PassReport]]:
+    """All passes on one copy; when one raises, what it left behind goes with the copy, and the others start again."""
+    failed: dict[str, PassReport] = {}
+    while True:
+        work, reports = copy_graph(gm), []
+        for recogniser in recognisers:
+            if (report := failed.get(recogniser.name)) is None:
+                try:
+                    report = _run(work, recogniser)
+                except Exception as error:  # noqa: BLE001  whatever a pass raises, training goes on without it
+                    failed[recogniser.name] = PassReport(recogniser.name, error=_describe(error))
+                    _give_up(recogniser.name, error, strict)
+                    break
+            reports.append(report)
+        else:
+            work.recompile()
+            return work, reports
+
+
+def _run(gm: fx.GraphModule, recogniser: Recogniser) -> PassReport:
+    """Change the graph as the recogniser finds; its code is not generated anew."""
     report = PassReport(recogniser.name)
     started = time.perf_counter()
     _artifact(f"unsloth_{recogniser.name}_before", gm)
     guards = count_guards(gm)
-    try:
-        result = copy_graph(gm)
-        _apply_all(result.graph, recogniser, report)
-        result.graph.lint()
-        result.recompile()
-        if count_guards(gm) != guards:
-            raise Unsound("the pass guarded on a symbolic shape")
-    except Exception as error:  # noqa: BLE001  whatever a pass raises, training goes on without it
-        result, report = gm, PassReport(recogniser.name, error=_describe(error))
-        _give_up(recogniser.name, error, strict)
+    _apply_all(gm.graph, recogniser, report)
+    if count_guards(gm) != guards:
+        raise Unsound("the pass guarded on a symbolic shape")
     report.seconds = time.perf_counter() - started
-    _artifact(f"unsloth_{recogniser.name}_after", result)
-    return result, report
+    _artifact(f"unsloth_{recogniser.name}_after", gm)
+    return report
 
 
 def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> None:
@@ -121,13 +146,14 @@ def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> N
     region = regions(graph)
     gone: set[fx.Node] = set()
     replaced: dict[fx.Node, fx.Node] = {}
+    known: Known = {}
     for item in found:
         if isinstance(item, Match):
             if item.interior & gone:
                 continue  # an earlier, overlapping match has taken these nodes
-            site = _site(recogniser.name, item.anchor, item.variant)
+            site = _site(recogniser.name, item.anchor, item.variant, nodes=item.interior)
             # An argument may be the output of a match that has been replaced since this one was found.
-            outcome = apply(graph, item.reading(replaced), region)
+            outcome = apply(graph, item.reading(replaced), region, known)
             if not isinstance(outcome, Refused):
                 gone |= item.interior
                 replaced |= outcome
@@ -135,7 +161,9 @@ def _apply_all(graph: fx.Graph, recogniser: Recogniser, report: PassReport) -> N
                 continue
             item = Miss(outcome.reason, item.anchor, site.source_line, len(item.interior))
         report.missed.append(_site(recogniser.name, item.node, item.reason, item.source_line, item.how_far))
-    graph.eliminate_dead_code()
+    if report.rewritten:
+        graph.eliminate_dead_code()
+        graph.lint()
 
 
 def _verified(
@@ -143,24 +171,28 @@ def _verified(
     result: fx.GraphModule,
     recognisers: Sequence[Recogniser],
     reports: list[PassReport],
-    disabled: set[str],
     strict: bool,
 ) -> fx.GraphModule:
     """Check the result of all passes at once; only when that fails, find the pass that is to blame and drop it."""
     try:
         assert_same_mathematics(original, result)
         return result
+    except LostGradient:
+        raise  # before any pass
     except Unsound:
         gm = original
-    for i, report in enumerate(reports):
-        recogniser = next(r for r in recognisers if r.name == report.name)
-        candidate, again = _run(gm, recogniser, strict)
+    for i, recogniser in enumerate(recognisers):
+        if reports[i].error:
+            continue
+        candidate = copy_graph(gm)
         try:
+            again = _run(candidate, recogniser)
+            candidate.recompile()
             assert_same_mathematics(original, candidate)
             gm, reports[i] = candidate, again
-        except Unsound as error:
-            reports[i] = PassReport(report.name, report.seconds, error=_describe(error))
-            _give_up(report.name, error, strict)
+        except Exception as error:  # noqa: BLE001
+            reports[i] = PassReport(recogniser.name, reports[i].seconds, error=_describe(error))
+            _give_up(recogniser.name, error, strict)
     return gm
 
 
@@ -188,8 +220,16 @@ def copy_source(before: fx.Node, after: fx.Node) -> None:
         after._dynamo_source = before._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _site(name: str, node: fx.Node, detail: str, line: str | None = None, how_far: int = 0) -> Site:
-    return Site(name, module_path(node), line or source_line(node), detail, how_far)
+def _site(
+    name: str,
+    node: fx.Node,
+    detail: str,
+    line: str | None = None,
+    how_far: int = 0,
+    nodes: Iterable[fx.Node] = (),
+) -> Site:
+    taken = frozenset(n.name for n in nodes)
+    return Site(name, module_path(node), line or source_line(node), detail, how_far, taken)
 
 
 def _give_up(name: str, error: Exception, strict: bool) -> None:

@@ -5,7 +5,8 @@ The rewritten graph is run on fake tensors with autograd on, so both questions a
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,41 +21,118 @@ class Unsound(RuntimeError):
     """A rewritten graph is not the same mathematics."""
 
 
+class LostGradient(Unsound):
+    """A retraced graph lacks a gradient that Dynamo's graph had: no rewrite of it is to blame."""
+
+
+class Output(NamedTuple):
+    """What must not change about an output.
+
+    Attributes:
+        value: the (fake) tensor, or whatever else it is.
+        reaches: indices of the inputs that it depends on differentiably.
+    """
+
+    value: Any
+    reaches: frozenset[int]
+
+
+_RECORD = "unsloth_output"
+
+
+def record(gm: fx.GraphModule, values: Sequence[Any], inputs: Sequence[Any]) -> None:
+    """Note on a graph's outputs what they are in the graph that it was made from.
+
+    Running a graph on fake tensors takes as long as tracing it. Of a graph with a record only the rewritten form is
+    run, and itself only where the two differ.
+
+    Args:
+        values: the outputs as they were computed from ``inputs`` with autograd on.
+    """
+    nodes = pytree.tree_leaves(_output(gm).args[0])
+    for node, value, reaches in zip(nodes, values, reachable_inputs(values, inputs), strict=True):
+        if isinstance(node, fx.Node):
+            node.meta[_RECORD] = Output(value, reaches)
+
+
+def forget_record(gm: fx.GraphModule) -> None:
+    """Take the record off a graph that has been checked, and with it the autograd graph that it keeps alive."""
+    for node in gm.graph.nodes:
+        node.meta.pop(_RECORD, None)
+
+
 def assert_same_mathematics(before: fx.GraphModule, after: fx.GraphModule) -> None:
     """Raise :class:`Unsound` unless ``after`` may stand for ``before``.
 
     Checked: every node's value has the shape and dtype its metadata states; graph outputs keep shape, dtype, device
     and strides; each output depends differentiably on exactly the inputs it depended on.
+
+    Raises:
+        LostGradient: ``before`` itself lacks a gradient that its record has.
     """
-    had, kept = propagate(before), propagate(after)
-    if len(had) != len(kept):
-        raise Unsound(f"the graph has {len(kept)} outputs, it had {len(had)}")
-    inputs = _inputs(before)
     names = [n.name for n in before.graph.nodes if n.op == "placeholder"]
-    reached = zip(reachable_inputs(had, inputs), reachable_inputs(kept, _inputs(after)), strict=True)
-    for index, (old, new, (was, now)) in enumerate(zip(had, kept, reached, strict=True)):
-        if difference := _difference(old, new, strides=True):
-            raise Unsound(f"output {index} {difference}")
-        if lost := was - now:
-            raise Unsound(f"output {index} lost its gradient with respect to {names[min(lost)]}")
-        if gained := now - was:
-            raise Unsound(f"output {index} gained a gradient with respect to {names[min(gained)]}")
+    kept, noted = _outputs(after), _recorded(before)
+    if noted is not None and _change(noted, kept, names) is None:
+        return
+    had = _outputs(before)
+    if noted is not None:
+        _assert_none_lost(noted, had, names)
+    if (change := _change(had, kept, names)) is not None:
+        raise Unsound(change)
 
 
-def propagate(gm: fx.GraphModule) -> list[Any]:
-    """Run a graph on its fake inputs in the ambient grad mode, checking every value against its node's metadata."""
-    inputs = _inputs(gm)
-    with fake_execution(inputs):
-        return pytree.tree_leaves(_Checking(gm, garbage_collect_values=False).run(*inputs))
+def assert_keeps_gradients(gm: fx.GraphModule) -> None:
+    """Raise :class:`LostGradient` where a graph's outputs do not reach an input that their record has."""
+    if (noted := _recorded(gm)) is not None:
+        _assert_none_lost(
+            noted, _outputs(gm, fx.Interpreter), [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+        )
+
+
+def _change(had: list[Output], kept: list[Output], names: list[str]) -> str | None:
+    if len(had) != len(kept):
+        return f"the graph has {len(kept)} outputs, it had {len(had)}"
+    for index, (old, new) in enumerate(zip(had, kept, strict=True)):
+        if difference := _difference(old.value, new.value, strides=True):
+            return f"output {index} {difference}"
+        if lost := old.reaches - new.reaches:
+            return f"output {index} lost its gradient with respect to {names[min(lost)]}"
+        if gained := new.reaches - old.reaches:
+            return f"output {index} gained a gradient with respect to {names[min(gained)]}"
+    return None
+
+
+def _assert_none_lost(noted: list[Output], had: list[Output], names: list[str]) -> None:
+    for index, (old, new) in enumerate(zip(noted, had, strict=True)):
+        if lost := old.reaches - new.reaches:
+            some = ", ".join(names[i] for i in sorted(lost)[:3])
+            raise LostGradient(f"output {index} would lose its gradient with respect to {some}")
+
+
+def _recorded(gm: fx.GraphModule) -> list[Output] | None:
+    nodes = pytree.tree_leaves(_output(gm).args[0])
+    if not any(isinstance(n, fx.Node) and _RECORD in n.meta for n in nodes):
+        return None
+    return [n.meta[_RECORD] if isinstance(n, fx.Node) else Output(n, frozenset()) for n in nodes]
 
 
 class _Checking(fx.Interpreter):
+    """Checks every value against its node's metadata."""
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         stated = n.meta.get("val") if n.op == "call_function" else None
         if isinstance(stated, Tensor) and (difference := _difference(stated, result, strides=False)):
             raise Unsound(f"{n.name} {difference}")
         return result
+
+
+def _outputs(gm: fx.GraphModule, interpreter: type[fx.Interpreter] = _Checking) -> list[Output]:
+    """Run a graph on its fake inputs in the ambient grad mode."""
+    inputs = _inputs(gm)
+    with fake_execution(inputs):
+        values = pytree.tree_leaves(interpreter(gm, garbage_collect_values=False).run(*inputs))
+    return [Output(*pair) for pair in zip(values, reachable_inputs(values, inputs), strict=True)]
 
 
 def _difference(old: Any, new: Any, *, strides: bool) -> str | None:
@@ -82,6 +160,11 @@ def count_guards(gm: fx.GraphModule) -> int:
         if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
             return len(value.fake_mode.shape_env.guards)
     return 0
+
+
+def _output(gm: fx.GraphModule) -> fx.Node:
+    (output,) = gm.graph.find_nodes(op="output")
+    return output
 
 
 def _inputs(gm: fx.GraphModule) -> list[Any]:

@@ -153,7 +153,7 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 def newest_whole(output_dir: Path, named: Path | None = None) -> tuple[Path, list[str]]:
-    """The checkpoint to go on from.
+    """The checkpoint to go on from; after :func:`recover`.
 
     Args:
         output_dir: the folder of the checkpoints.
@@ -165,7 +165,6 @@ def newest_whole(output_dir: Path, named: Path | None = None) -> tuple[Path, lis
     Raises:
         CheckpointError: when none is whole.
     """
-    recover(output_dir if named is None else named.parent)
     candidates = checkpoints(output_dir)
     if named is not None:
         older = [path for path in checkpoints(named.parent) if 0 <= step_of(path) < step_of(named)]

@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +59,10 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend, such as disable=rms_norm."),
 ]
+Packed = Annotated[
+    bool, typer.Option("--packed", help="The sequences as documents of one row: position ids restart, no mask.")
+]
+Padded = Annotated[bool, typer.Option("--padded", help="Sequences of different lengths, padded on the right.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
 
 
@@ -75,6 +80,9 @@ def train(
         Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings, one name: value a line.")
     ] = None,
     settings: Annotated[bool, typer.Option("--settings", help="List the settings and leave.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print what would be done, and leave.")
+    ] = False,
 ) -> None:
     """Fine-tune a model: settings from a YAML file, as flags (--lora-r 32), or both; flags win.
 
@@ -89,6 +97,11 @@ def train(
     if config is not None and str(config).startswith("--"):  # no file: the first flag landed in its place
         config, words = None, [str(config), *words]
     resolved = read_config(config, parse_flags(words))
+    if dry_run:
+        from .dry_run import dry_run as resolve
+
+        _print(resolve(resolved))
+        return
     from .train import train as run
 
     console = Console(stderr=True)
@@ -106,16 +119,25 @@ def explain(
     dtype: Dtype = None,
     device: Device = None,
     option: Setting = None,
+    packed: Packed = False,
+    padded: Padded = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write it as one self-contained page, too.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write it as JSON, too.")] = None,
     trust_remote_code: Remote = False,
 ) -> None:
     """What is recognised in a model's training graph, what nearly is, and why not."""
     options = _options(option)
+    shaped = _shape(packed, padded)
     subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
     from ..compiler.explain import explain as ask
 
     with _busy(f"tracing {model}"):
-        explanation = ask(subject, inputs, options=options)
+        explanation = ask(subject, shaped(inputs), options=options)
     _print(explanation)
+    for path, write in ((html, "to_html"), (json, "to_json")):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(getattr(explanation, write)(), encoding="utf-8")
 
 
 @app.command()
@@ -127,15 +149,18 @@ def verify(
     dtype: Dtype = None,
     device: Device = None,
     option: Setting = None,
+    packed: Packed = False,
+    padded: Padded = False,
     trust_remote_code: Remote = False,
 ) -> None:
     """Whether the compiled step is the same training step: loss and every gradient, on random tokens."""
     options = _options(option)
+    shaped = _shape(packed, padded)
     subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
     from ..compiler.verify import verify as ask
 
     with _busy(f"compiling {model} and comparing it with eager"):
-        verification = ask(subject, inputs, options=options)
+        verification = ask(subject, shaped(inputs), options=options)
     _print(verification)
     if not verification.ok:
         raise typer.Exit(FAILED)
@@ -190,7 +215,7 @@ def _bad_input() -> tuple[type[ValueError], ...]:
     ours = (
         ("config", "ConfigError"),
         ("data", "DataError"),
-        ("train", "OutputError"),
+        ("outputs", "OutputError"),
         ("checkpoints", "CheckpointError"),
     )
     return (BatchError, ModelError, OptionError, *_loaded(*ours))
@@ -248,6 +273,15 @@ def _subject(
         model = load(name, dtype=precision, device=place, trust_remote_code=trust_remote_code)
         subject = with_lora(model) if lora else model
     return subject, random_batch(model, batch, seq)
+
+
+def _shape(packed: bool, padded: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What to make of a batch of sequences of one length."""
+    if packed and padded:
+        raise typer.BadParameter("a batch is packed or padded, not both", param_hint="--packed")
+    from ..compiler import batches
+
+    return batches.packed if packed else batches.padded if padded else lambda batch: batch
 
 
 def _options(given: list[str] | None) -> dict[str, Any]:

@@ -6,19 +6,19 @@ Names are those of transformers and TRL. What is not listed here but is a field 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import functools
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from ..compiler.options import OptionError, Options
 from ..passes.recognise import RECOGNISERS
 from .problems import DataError
+from .sft_settings import problem, sft_settings
 from .templates import Template
 
 TEMPLATES = ("prompt_template", "completion_template", "system_template")
@@ -49,6 +49,14 @@ class TrainConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
     lora_target_modules: str | list[str] = Field("all-linear", description="Names of the layers that get adapters.")
     use_rslora: bool = Field(False, description="Scale by alpha / √rank instead (rank-stabilised LoRA).")
+    use_dora: bool = Field(False, description="Adapters of direction, and a trained magnitude (DoRA).")
+    modules_to_save: list[str] | None = Field(
+        None, description="Layers trained whole beside the adapters, such as [embed_tokens, lm_head]."
+    )
+    loraplus_lr_ratio: float | None = Field(None, gt=0, description="B learns so many times as fast as A (LoRA+).")
+    embedding_learning_rate: float | None = Field(
+        None, gt=0, description="Of embeddings and head, where they are trained; smaller than the others'."
+    )
 
     autocast_adapter_dtype: bool = Field(
         True, description="Adapters in float32 under autocast; false holds them in the model's dtype, without autocast."
@@ -66,6 +74,9 @@ class TrainConfig(BaseModel):
     )
     completion_template: str | None = Field(None, description='What is learnt, likewise: "{answer}".')
     system_template: str | None = Field(None, description="The system message of such pairs, likewise.")
+    chat_template: str | None = Field(
+        None, description="Instead of the tokenizer's own: chatml, llama-3, gemma, mistral, phi-3, …, or a .jinja file."
+    )
     strict_data: bool = Field(False, description="Refuse data with a bad row; false drops the row and says so.")
 
     output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")
@@ -79,6 +90,8 @@ class TrainConfig(BaseModel):
 
     compile: bool = Field(True, description="Run the step through the backend; false runs it eagerly.")
     options: dict[str, Any] = Field({}, description='The backend\'s options, such as {memory_budget: "20GiB"}.')
+
+    _places: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -101,6 +114,10 @@ class TrainConfig(BaseModel):
         Options.parse(value, passes=[r.name for r in RECOGNISERS])  # an OptionError is a ValueError
         return value
 
+    def place_of(self, name: str) -> str:
+        """Where a setting was given: ``file:line``, its flag, or where it should have been."""
+        return self._places.get(name, f"--{name.replace('_', '-')}")
+
     @property
     def sft(self) -> dict[str, Any]:
         """The settings that are handed on to TRL's ``SFTConfig``."""
@@ -108,13 +125,9 @@ class TrainConfig(BaseModel):
         return {**shared, "output_dir": str(self.output_dir), **(self.model_extra or {})}
 
 
-@functools.cache
 def sft_fields() -> frozenset[str]:
     """Names of all settings of TRL's ``SFTConfig``, transformers' ``TrainingArguments`` included."""
-    import trl
-
-    # Ours decides about the trusted code and the precision of the weights.
-    return frozenset(f.name for f in dataclasses.fields(trl.SFTConfig) if f.init) - {"trust_remote_code"}
+    return frozenset(sft_settings())
 
 
 def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -145,14 +158,44 @@ def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
     known = {*TrainConfig.model_fields, *sft_fields()}
     problems = [f"{where(n)}: unknown setting {n!r}{_did_you_mean(n, known)}" for n in given if n not in known]
+    others = [name for name in given if name in sft_settings() and name not in TrainConfig.model_fields]
+    problems += [f"{where(n)}: {n} {wrong}" for n in others if (wrong := problem(n, given[n])) is not None]
     try:
         config = TrainConfig.model_validate(given)
     except ValidationError as error:
         problems += [_worded(e, where) for e in error.errors()]
         raise ConfigError("\n".join(problems)) from None
+    config._places = {name: where(name) for name in given}
+    problems += [f"{where(name)}: {name} {wrong}" for name, wrong in _together(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """Settings that are fine by themselves and do not go together."""
+    sft = config.sft
+    saves, evaluates = sft.get("save_strategy", "steps"), sft.get("eval_strategy", "no")
+    if config.load_in_4bit and not config.use_peft:
+        yield "load_in_4bit", "cannot be true without use_peft: 4-bit weights cannot be trained"
+    if evaluates != "no" and config.eval_dataset_name is None:
+        yield "eval_strategy", "needs an eval_dataset_name"
+    if sft.get("load_best_model_at_end") and saves not in (evaluates, "best"):
+        yield "load_best_model_at_end", f"needs eval_strategy and save_strategy to agree: {evaluates!r} and {saves!r}"
+    for word in _words(sft.get("report_to")):
+        package = {"azure_ml": "azureml", "flyte": "flytekitplugins"}.get(word, word)
+        known = word in sft_settings()["report_to"].words and word not in ("none", "all")
+        if known and importlib.util.find_spec(package) is None:
+            yield "report_to", f"{word} needs its package: pip install {word}"
+    if config.embedding_learning_rate is not None and config.use_peft and not config.modules_to_save:
+        yield "embedding_learning_rate", "needs modules_to_save: [embed_tokens], without which nothing trains them"
+    if sft.get("packing") and config.max_length is None:
+        yield "packing", "needs a max_length, to which rows are packed"
+    if sft.get("bf16") and sft.get("fp16"):
+        yield "fp16", "and bf16 cannot both be true"
+    if (config.prompt_template is None) != (config.completion_template is None):
+        there, missing = ("prompt", "completion") if config.prompt_template is not None else ("completion", "prompt")
+        yield f"{there}_template", f"needs a {missing}_template beside it, such as '{{answer}}'"
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -236,6 +279,10 @@ def _worded(error: Any, where: Any) -> str:
         return f"{where(name)}: {name}: {cause}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{where(name)}: {name} cannot be {error['input']!r}: {message}"
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 def _did_you_mean(name: str, known: set[str]) -> str:

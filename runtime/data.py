@@ -132,6 +132,94 @@ def _load(source: Source, text_field: str, templates: Templates, strict: bool) -
     return Data(name, rows, shape, columns, problems, source.part, numbers)
 
 
+@dataclass
+class Preview:
+    """The first rows of a data set; ``print`` it.
+
+    Attributes:
+        name: as the user wrote it.
+        shape: what the rows are; None for a data set of the hub, which is not fetched.
+        first: the first sound row, in a form that TRL reads.
+        unused: columns that nothing is made of.
+        problems: rows among them that would be left out.
+        looked_at: rows.
+    """
+
+    name: str
+    shape: Shape | None = None
+    first: dict[str, Any] | None = None
+    unused: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
+    looked_at: int = 0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether only a chat template can make texts of the rows."""
+        first = self.first or {}
+        lists = any(isinstance(value, list) for value in first.values())
+        return lists and "input_ids" not in first and self.shape is not None and self.shape.gap is None
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return f"{self.name}: on the hub, fetched when the run begins"
+        rest = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        lines = [f"{self.name}: {self.shape.name} ({', '.join(self.shape.columns)}{rest})"]
+        if self.problems.count:
+            lines.append(f"{self.problems.count:,} of the first {self.looked_at:,} rows would be left out")
+            lines += str(self.problems).splitlines()
+        return "\n".join(lines)
+
+
+def preview(
+    name: str,
+    *,
+    config: str | None = None,
+    text_field: str = "text",
+    templates: Templates | None = None,
+    strict: bool = False,
+) -> Preview:
+    """The first rows of what :func:`load_data` would load, in the time that they take.
+
+    Raises:
+        DataError: as :func:`load_data` does, as far as these rows and the file's form show it.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() not in FORMATS and not path.exists():
+        return Preview(name)
+    templates = templates or Templates()
+    try:
+        source = read_file(path, config)
+        first, columns, problems, found = _first(source, templates)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data set {name!r} cannot be read: {error.encoding}, {error.reason}") from None
+    except OSError as error:
+        raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
+    if not found:
+        raise DataError(f"data set {name!r} has no rows" + (f" that can be read\n{problems}" if problems.count else ""))
+    shape = detect(name, columns, found, templates=templates, text_field=text_field)
+    problems = Problems()
+    rows = list(_sound(name, first, shape, problems, array("Q")))
+    if problems.count and (strict or not rows):
+        raise DataError(f"{problems.count:,} of the first {len(first):,} rows of {name!r} cannot be used:\n{problems}")
+    unused = [column for column in columns if column not in shape.columns]
+    return Preview(name, shape, rows[0], unused, problems, len(first))
+
+
+def _sound(
+    name: str, items: Iterable[Item], shape: Shape, problems: Problems, numbers: array[int]
+) -> Iterator[dict[str, Any]]:
+    """The rows that can be used; notes why the others cannot, and the numbers of those that can."""
+    for number, row in items:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            converted = shape.convert(row)
+            numbers.append(number)
+            yield converted
+        except BadRow as reason:
+            problems.add(name, number, reason)
+
+
 def load_rows(name: str, *, config: str | None = None, split: str = "train", text_field: str = "text") -> Dataset:
     """The rows of :func:`load_data` alone."""
     return load_data(name, config=config, split=split, text_field=text_field).rows
@@ -179,19 +267,7 @@ def _first(source: Source, templates: Templates) -> tuple[list[Item], list[str],
 
 def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dataset, Problems, Sequence[int]]:
     problems, numbers = Problems(), array("Q")
-
-    def sound() -> Iterator[dict[str, Any]]:
-        for number, row in items:
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                converted = shape.convert(row)
-                numbers.append(number)
-                yield converted
-            except BadRow as reason:
-                problems.add(source.name, number, reason)
-
-    rows = sound()
+    rows = _sound(source.name, items, shape, problems, numbers)
     tables = []
     try:
         # Batches, because a row takes ten times its size as Python objects.

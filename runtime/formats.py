@@ -63,7 +63,9 @@ def read_file(path: Path, sheet: str | None = None) -> Source:
         DataError: when there is no such file, it is empty, of no known format, or broken as a whole.
     """
     if not path.is_file():
-        raise DataError(f"there is no file {path}")
+        near = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, n=1)
+        raise DataError(f"there is no file {path}" + (f", did you mean {close[0]!r}?" if close else ""))
     read = FORMATS.get(path.suffix.lower())
     if read is None:
         hint = "; save it as .xlsx" if path.suffix.lower() in (".xls", ".xlsm", ".xlsb", ".ods") else ""

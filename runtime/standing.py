@@ -43,10 +43,10 @@ class Progress:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the generators of Python, NumPy and PyTorch (the GPUs' included) stand."""
+    """Where the generators of Python, NumPy and PyTorch (this process's GPU included) stand; asks no device."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.random.get_rng_state_all()
+        state["cuda"] = torch.cuda.random.get_rng_state()
     return state
 
 
@@ -55,7 +55,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state:
-        torch.cuda.random.set_rng_state_all(state["cuda"])
+        torch.cuda.random.set_rng_state(state["cuda"])
 
 
 @contextmanager

@@ -72,9 +72,11 @@ class Sturdy(_Base):
         """
         self._asked, self._stop, self._saved, self._resumed = None, False, None, None
         self._in_step, self._at_start = False, None
+        output_dir = Path(str(self.args.output_dir))
         if resume_from_checkpoint:
             named = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            found, notes = checkpoints.newest_whole(Path(str(self.args.output_dir)), named)
+            self._tidy(output_dir if named is None else named.parent)
+            found, notes = checkpoints.newest_whole(output_dir, named)
             for note in notes:
                 logger.warning("damaged, not used: %s", note)
             if notes:
@@ -82,8 +84,8 @@ class Sturdy(_Base):
             self._resumed = self._read_progress(found)
             self._saved = checkpoints.step_of(found)
             resume_from_checkpoint = str(found)
-        elif self.args.should_save:
-            checkpoints.recover(Path(str(self.args.output_dir)))
+        else:
+            self._tidy(output_dir)
         self.guard = FiniteGuard(self.args.device)
         callback = _Follow(self)
         self.add_callback(callback)
@@ -92,6 +94,12 @@ class Sturdy(_Base):
                 return super().train(resume_from_checkpoint or None, *args, **kwargs)
         finally:
             self.remove_callback(callback)
+
+    def _tidy(self, output_dir: Path) -> None:
+        """Before anybody looks: what a process that died while it saved has left."""
+        if self.args.should_save:
+            checkpoints.recover(output_dir)
+        self._wait()
 
     def _read_progress(self, checkpoint: Path) -> Progress:
         path = checkpoint / _of_process("progress{}.json", self.args.process_index)
@@ -175,7 +183,8 @@ class Sturdy(_Base):
         return norm
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with torch.random.fork_rng(enabled=self.is_in_train):  # else a run that evaluates draws other random numbers
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self.is_in_train):  # else evaluating would change the training
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -194,10 +203,11 @@ class Sturdy(_Base):
             self._stop = True
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._stop:
+        leaving = self._stop  # what is heard only while logging is for the next step
+        if leaving:
             self.control.should_evaluate, self.control.should_save = False, True
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self._stop:
+        if leaving:
             self._leave()
 
     def _ask(self, number: int) -> None:

@@ -5,37 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import trl
+from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from ..compiler.explain import Explanation
-from ..models.fast import FastLanguageModel
+from ..models.adapters import add_lora
 from ..models.load import load_model, load_tokenizer
-from . import checkpoints
+from . import checkpoints, responses
+from .chat_templates import chat_template
 from .config import TrainConfig
 from .curves import plot_loss
-from .data import Data, Templates, is_conversational, load_data
+from .data import Data, DataError, Templates, is_conversational, load_data
+from .outputs import check_output, check_space, save_strategy
+from .problems import BadRow
 from .progress import ProgressBar
 from .trainer import SFTTrainer
-
-SPARE_BYTES = 64 * 2**20
-"""Disk space for what is small: configuration, log, curve."""
-
-
-class OutputError(ValueError):
-    """The results cannot be written where they should go."""
 
 
 class SavingError(OSError):
@@ -105,10 +101,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 def _train(config: TrainConfig, console: Console) -> TrainResult:
     set_seed(config.seed)
-    _check_output(config)
+    check_output(config)
     data = _data(config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.sft.get("use_cpu") else "cpu")
-    has_template = "chat_template_path" in config.sft
+    template = None if config.chat_template is None else chat_template(config.chat_template)
+    has_template = template is not None or "chat_template_path" in config.sft
     with console.status(f"loading {config.model_name_or_path}"):
         tokenizer = load_tokenizer(
             config.model_name_or_path,
@@ -116,10 +113,14 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             trust_remote_code=config.trust_remote_code,
             require_chat_template=not has_template and any(is_conversational(d.rows) and not d.is_pairs for d in data),
         )
+        if template is not None:
+            tokenizer.chat_template = template
         if not has_template and not tokenizer.chat_template:
             data = [d.without_chat() if d.is_pairs else d for d in data]
         model = _model(config, device)
-    _check_space(config, model)
+    check_space(config, model)
+    if config.sft.get("assistant_only_loss"):
+        data = [_answers_only(each, tokenizer, config.strict_data) for each in data]
     for each in data:
         console.print(str(each), markup=False, highlight=False, soft_wrap=True)
     trainer = SFTTrainer(
@@ -130,12 +131,15 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         processing_class=tokenizer,
         compile=config.compile,
         options=config.options,
+        embedding_learning_rate=config.embedding_learning_rate,
+        loraplus_lr_ratio=config.loraplus_lr_ratio,
     )
     prepared: Any = trainer.train_dataset
     if len(prepared) == len(data[0].rows) and not trainer.args.packing and not trainer.args.shuffle_dataset:
         trainer.row_name = data[0].row_name
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console))
+    _show_first_row(trainer, tokenizer, console)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -183,6 +187,48 @@ def _data(config: TrainConfig) -> list[Data]:
     return data
 
 
+def _answers_only(data: Data, tokenizer: Any, strict: bool) -> Data:
+    """Conversations as tokens of which the assistant's are trained on; pairs are so already."""
+    if "completion" in data.rows.column_names:
+        return data
+    if "messages" not in data.rows.column_names:
+        raise DataError(f"{data.name}: assistant_only_loss is for conversations; these rows are {data.shape.name}")
+    markers = responses.find_markers(tokenizer)
+    kept, made, numbers = [], [], []
+    for index, row in enumerate(data.rows):
+        number = data.numbers[index] if data.numbers else index + 1
+        try:
+            made.append(responses.tokenized(tokenizer, markers, row))  # type: ignore[arg-type]
+            numbers.append(number)
+            if len(kept) < responses.CHECKED:
+                kept.append(row)
+        except BadRow as reason:
+            data.problems.add(data.name, number, reason)
+    if not made or (strict and data.problems.count):
+        raise DataError(f"{data.problems.count:,} rows of {data.name!r} cannot be used:\n{data.problems}")
+    responses.check(tokenizer, kept, made)
+    return replace(data, rows=Dataset.from_list(made), numbers=numbers)
+
+
+def _show_first_row(trainer: SFTTrainer, tokenizer: Any, console: Console) -> None:
+    """What the model sees of the first row, and what it learns of it; and what was cut off."""
+    row: Any = next(iter(trainer.train_dataset))  # type: ignore[arg-type]
+    labels = row.get("labels", row["input_ids"])
+    console.print("first row   ", end="")
+    console.print(
+        responses.coloured(tokenizer, row["input_ids"], labels, plain=not console.is_terminal), soft_wrap=True
+    )
+    for name, cut in trainer.truncated.items():
+        if cut.rows:
+            gone = f", and {cut.dropped:,} dropped, of which nothing is left to train on" if cut.dropped else ""
+            console.print(
+                f"cut off     {cut.rows:,} of {cut.of:,} {name} rows are longer than {trainer.args.max_length:,} tokens"
+                f" (max_length){gone}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
 def _model(config: TrainConfig, device: torch.device) -> Any:
     model = load_model(
         config.model_name_or_path,
@@ -194,15 +240,17 @@ def _model(config: TrainConfig, device: torch.device) -> Any:
     )
     if not config.use_peft:
         return model
-    return FastLanguageModel.get_peft_model(
+    return add_lora(
         model,
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
-        random_state=config.seed,
+        seed=config.seed,
         autocast_adapter_dtype=config.autocast_adapter_dtype,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=config.modules_to_save,
     )
 
 
@@ -225,14 +273,13 @@ def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
 
 def _unlogged(config: TrainConfig) -> dict[str, Any]:
     """The trainer's own settings, without its bars."""
-    saving = {"save_strategy": _save_strategy(config), "save_total_limit": 2}
+    saving = {"save_strategy": save_strategy(config), "save_total_limit": 2}
     settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.sft}
-    return {name: value for name, value in settings.items() if name not in ("bf16", "fp16", "use_cpu")}
-
-
-def _save_strategy(config: TrainConfig) -> str:
-    """Adapters are small; a checkpoint of all parameters with Adam's moments is three times the model."""
-    return str(config.sft.get("save_strategy", "steps" if config.use_peft else "no"))
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in ("bf16", "fp16", "use_cpu", "assistant_only_loss")
+    }
 
 
 def _stopped(trainer: SFTTrainer) -> str:
@@ -269,36 +316,6 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-def _check_output(config: TrainConfig) -> None:
-    folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output_dir {folder} is a file")
-    done = [n for n in ("adapter_config.json", "config.json") if (folder / n).exists()]
-    if done and not config.overwrite:
-        raise OutputError(f"output_dir {folder} already holds a model ({done[0]}); choose another, or set overwrite")
-    resume = config.sft.get("resume_from_checkpoint")
-    if resume and not (checkpoints.checkpoints(folder) if resume is True else Path(str(resume)).exists()):
-        wanted = f"checkpoint in {folder}" if resume is True else f"checkpoint {resume}"
-        raise checkpoints.CheckpointError(f"there is no {wanted} to resume from")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"output_dir {folder} cannot be written: {error.strerror}") from None
-
-
-def _check_space(config: TrainConfig, model: Any) -> None:
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    # A checkpoint holds Adam's two moments as well; the third is being written while two are kept.
-    copies = 1 if _save_strategy(config) == "no" else 1 + 3 * 3
-    needed, free = trained * copies + SPARE_BYTES, shutil.disk_usage(config.output_dir).free
-    if free < needed:
-        raise OutputError(
-            f"output_dir {config.output_dir} has {free / 2**20:,.0f} MiB free; the run needs {needed / 2**20:,.0f} MiB"
-        )
 
 
 def _save(trainer: SFTTrainer, result: TrainResult) -> None:

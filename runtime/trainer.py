@@ -20,6 +20,7 @@ import trl
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -27,13 +28,16 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
+from .learning_rates import set_learning_rates
 from .pace import Pace
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # two names of one setting
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""Two names of one setting."""
+
 _REQUIRE_GRAD_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
 
 SHORT_ROWS = 0.05
@@ -97,16 +101,32 @@ def causal_lm_step(
     return StepOutput(loss, torch.where(trained, entropy, 0.0).sum(), correct.sum(), tokens)
 
 
+class Truncated(NamedTuple):
+    """What ``max_length`` did to a data set.
+
+    Attributes:
+        rows: longer ones, which are cut off (or split, by the packing strategy of that name).
+        of: all rows.
+        dropped: those of which nothing is left to train on.
+    """
+
+    rows: int
+    of: int
+    dropped: int
+
+
 class SFTTrainer(Sturdy, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
     :class:`~unsloth.compiler.options.Options`; logits are dropped unless they say otherwise). ``compile=False`` runs
     the same step eagerly. ``gradient_checkpointing`` is accepted and left to the memory planner,
-    which recomputes when keeping does not fit. Losses other than TRL's default (``loss_type="dft"``, label smoothing,
-    ``compute_loss_func``) run as TRL runs them, not compiled.
+    which recomputes when keeping does not fit. ``embedding_learning_rate`` and ``loraplus_lr_ratio`` are those of
+    :func:`~unsloth.runtime.learning_rates.set_learning_rates`. Losses other than TRL's default (``loss_type="dft"``,
+    label smoothing, ``compute_loss_func``) run as TRL runs them, not compiled.
 
     Attributes:
+        truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
         pace: tokens per second and the time of the first step, compilation included.
     """
 
@@ -120,17 +140,21 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         *,
         compile: bool = True,
         options: Mapping[str, Any] | None = None,
+        embedding_learning_rate: float | None = None,
+        loraplus_lr_ratio: float | None = None,
         **others: Any,
     ) -> None:
+        self._rates = {"embedding": embedding_learning_rate, "loraplus_ratio": loraplus_lr_ratio}
         self.options = Options.parse({"logits": "drop", **(options or {})})
         given = "padding" in (options or {})
         args = trl.SFTConfig() if args is None else copy.copy(args)
-        for name in _CHECKPOINTING:
+        for name in CHECKPOINTING:
             if hasattr(args, name):
                 setattr(args, name, False)
         args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
+        self.truncated: dict[str, Truncated] = {}
         super().__init__(model=model, args=args, **others)
-        _leave_recomputation_to_the_planner(self.model)
+        leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
         self._smaller = SmallerBatches()
         self._done, self._share = 0, 1.0  # micro-batches of this step, and how much of one its running part is
@@ -138,15 +162,15 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
-        self._lengths_vary = not _one_length(self.train_dataset)
-        if "cuda_graphs" not in (options or {}):
-            self.options = replace(self.options, cuda_graphs=self._repeats_exactly())
         self._step = self._evaluation = causal_lm_step
         if compile:
             self._step = compiled(causal_lm_step, self.options, self._reports)
             # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
             without_inductor = replace(self.options, lowering="eager")
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
+        if self.args.packing and self.args.packing_strategy == "wrapped":
+            logger.warning("packing_strategy='wrapped' lets documents attend to each other; 'bfd' keeps them apart")
+        self._lengths_vary = not _one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
         ):  # elsewhere a batch without padding is a chance, not worth a graph of its own
@@ -157,16 +181,34 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         if not self._plain_loss:
             logger.warning("this loss is not compiled: only the default loss (nll without label smoothing) is")
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and any(rate is not None for rate in self._rates.values()):
+            set_learning_rates(optimizer, self.model, **self._rates)
+        return optimizer
+
     @property
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
         return Explanation(describe(self.model), list(self._reports))
 
-    def _repeats_exactly(self) -> bool:
-        """Whether steps can be recorded as a CUDA graph: one size, one process, gradients small enough to be copied."""
-        adapters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        small = self.args.gradient_accumulation_steps == 1 or 10 * adapters < self.model.num_parameters()
-        return self.args.device.type == "cuda" and self.args.world_size == 1 and not self._lengths_vary and small
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """In two passes: tokens first, so that it is known how many rows are too long; then they are cut and packed."""
+        rest = (processing_class, args, packing, formatting_func, dataset_name)
+        if args.max_length is None or not isinstance(dataset, Dataset) or self._is_vision_dataset:
+            return super()._prepare_dataset(dataset, *rest)
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        prepared: Any = super()._prepare_dataset(tokens, *rest)
+        compute: Any = pyarrow.compute
+        long = compute.sum(compute.greater(_lengths(tokens), args.max_length)).as_py() or 0
+        dropped = 0 if packing else len(tokens) - len(prepared)
+        self.truncated[dataset_name] = Truncated(long, len(tokens), dropped)
+        return prepared
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -188,7 +230,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
                 if isinstance(value, Tensor) and value.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
         run = self._step if self.model.training else self._evaluation
-        step = run(model, rest, labels, divisor, weight)
+        step = _outside_of_ddp(run, model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
@@ -220,10 +262,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
-
-        def step(*args: Any) -> Tensor:
-            return self._lasting(super(SFTTrainer, self).training_step(*args))
-
+        step = super().training_step
         if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
@@ -236,19 +275,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         self._done += 1
         self.pace.after_step(self._record(), started if len(self._reports) > graphs else None)
         return loss
-
-    def _lasting(self, loss: Tensor) -> Tensor:
-        """The loss, and gradients and metrics, moved out of recorded memory, which the next forward overwrites."""
-        if not self.options.cuda_graphs:
-            return loss
-        if self._smaller.parts > 1 or not self.accelerator.sync_gradients:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
-        self._seen = [
-            (StepOutput(*(value.detach().clone() for value in output)), tokens) for output, tokens in self._seen
-        ]
-        return loss.clone()
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
@@ -274,7 +300,20 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         super().log(logs, start_time)
 
 
-def _leave_recomputation_to_the_planner(model: Any) -> None:
+def _outside_of_ddp(run: Any, model: Any, *arguments: Any) -> StepOutput:
+    """Run the step on the model that DDP wraps, between what DDP does before and after a forward pass.
+
+    Inside of the graph its Python would break it, and ``DDPOptimizer`` would cut it at every bucket. Gradients are
+    reduced by the hooks on the parameters, which do not ask where the forward pass ran.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return run(model, *arguments)
+    model._pre_forward()
+    output: Any = model._post_forward(tuple(run(model.module, *arguments)))
+    return StepOutput(*output)
+
+
+def leave_recomputation_to_the_planner(model: Any) -> None:
     """Undo what gradient checkpointing does to a model; its hook on the embedding would break the graph."""
     for module in model.modules():
         # By name: transformers, PEFT and TRL each add the hook, and transformers only remembers the last one.
@@ -314,6 +353,12 @@ def _one_length(dataset: Any) -> bool:
     if "input_ids" not in columns or not isinstance(dataset, Dataset):
         return False
     compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
-    lengths = compute.list_value_length(dataset.data.column("input_ids"))
+    lengths = _lengths(dataset)
     others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
     return others <= max(1, SHORT_ROWS * len(dataset))
+
+
+def _lengths(dataset: Dataset) -> Any:
+    """Tokens in each row, in the table's order."""
+    compute: Any = pyarrow.compute
+    return compute.list_value_length(dataset.data.column("input_ids"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,29 @@ def test_explain_of_a_folder_without_weights(command, tmp_path):
         code, out, _ = command("explain", str(path))
         assert code == 0
         assert out.startswith("Qwen3ForCausalLM")
+
+
+def test_explain_writes_a_page_and_json(command, tmp_path):
+    page, facts = tmp_path / "new" / "page.html", tmp_path / "facts.json"
+    code, out, _ = command("explain", "tiny-llama", "--seq", "8", "--packed", "--html", str(page), "--json", str(facts))
+    assert code == 0 and "attention" in out
+    assert page.read_text().startswith("<!doctype html>")
+    assert json.loads(facts.read_text())["graphs"] == 1
+
+
+@pytest.mark.parametrize("shape", ["packed", "padded"])
+def test_batches_take_the_shape_that_is_asked_for(command, monkeypatch, shape):
+    asked = []
+    good = Verification(True, 1.0, 1.0, None, [], 1e-4)
+    monkeypatch.setattr(verifying, "verify", lambda model, batch, options: asked.append(batch) or good)
+    assert command("verify", "tiny-llama", "--seq", "8", f"--{shape}")[0] == 0
+    (batch,) = asked
+    assert ("position_ids" in batch, "attention_mask" in batch) == (shape == "packed", shape == "padded")
+
+
+def test_a_batch_is_packed_or_padded(command):
+    code, out, err = command("verify", "tiny-llama", "--packed", "--padded")
+    assert code == 2 and "not both" in err and out == ""
 
 
 def test_verify(command):

@@ -91,7 +91,8 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
         licences = [name for name in wheel.namelist() if name.endswith("LICENSE")]
-    assert names == {f"unsloth/{path.as_posix()}" for path in source_files()} | {"unsloth/py.typed"}
+    data = {"unsloth/py.typed", "unsloth/compiler/page.html.j2"}
+    assert names == {f"unsloth/{path.as_posix()}" for path in source_files()} | data
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
     assert licences

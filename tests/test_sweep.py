@@ -25,6 +25,17 @@ def test_architecture_is_equal(name: str) -> None:
     assert row["graphs"] >= 1
 
 
+@pytest.mark.parametrize("name", ["olmo2", "falcon", "gpt_oss"])
+def test_architecture_is_equal_under_inductor(name: str) -> None:
+    """`make sweep-inductor` does so for the twelve of `sweep.SAMPLE`."""
+    row = sweep_worker.examine(name, "inductor")
+    assert row["status"] == "equal", row["reason"]
+
+
+def test_the_sample_is_of_types_that_exist() -> None:
+    assert len(set(sweep.SAMPLE)) == 12 and set(sweep.SAMPLE) <= set(sweep_worker.causal_types())
+
+
 # -- the rules --------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +113,10 @@ def test_differences_are_named() -> None:
 ROWS = [
     {"type": "b", "status": "eager cannot run", "reason": "ValueError: no <image> | none\nat all"},
     {"type": "a", "status": "equal", "graphs": 1, "breaks": 0, "counts": {"rms_norm": [4, 5], "glu": [0, 0]},
+     "places": {"norm": [3, 4], "rotation": [2, 2], "attention": [1, 2]}, "covered": [0.25, 0.5],
      "misses": ["rms_norm: " + "far " * 40]},
+    {"type": "e", "status": "equal", "graphs": 2, "breaks": 1, "counts": {}, "places": {"attention": [0, 2]},
+     "covered": [0.0, 0.0], "misses": []},
     {"type": "c", "status": "wrong", "reason": "loss", "graphs": 2, "breaks": 1, "counts": {}, "misses": [],
      "seeded": True},
     {"type": "d", "status": "crashed", "reason": "no answer within 60 s"},
@@ -111,21 +125,26 @@ ROWS = [
 
 def test_the_document() -> None:
     text = sweep.document(ROWS, {"torch": "2.13"})
-    assert "- 4 types; eager itself runs a tiny model of 3." in text
-    assert "**1 equal, 1 wrong, 1 crashed**; 1 of the equal ones in one graph" in text
+    assert "- 5 types; eager itself runs a tiny model of 4." in text
+    assert "**2 equal, 1 wrong, 1 crashed**; 1 of the equal ones in one graph" in text
     assert "rms_norm in 1, rope in 0" in text
+    assert "Of the places in the 1 decoder-only transformers" in text  # e has no rotation
+    assert "  - norm: **75.0%** (3 of 4), all of them in 0 types\n  - rotation: **100.0%** (2 of 2), all" in text
+    assert "  - gated MLP: **–** (0 of 0)" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows] == ["| type", "| a", "| c", "| d", "| b"]
-    assert rows[1].startswith("| a | equal | 1 | 0 | 4/5 | – | – | – | – | rms_norm: far") and rows[1].endswith("… |")
-    assert rows[2].startswith("| c | wrong, same seed: loss | 2 | 1 | – |")
-    assert "no &lt;image> \\| none at all" in rows[4]
+    assert [row.split(" | ")[0] for row in rows] == ["| type", "| a", "| c", "| d", "| e", "| b"]
+    assert rows[1].startswith("| a | equal | 1 | 0 | 25% / 50% | 4/5 | – | – | – | – | rms_norm: far") and rows[
+        1
+    ].endswith("… |")
+    assert rows[2].startswith("| c | wrong, same seed: loss | 2 | 1 | – | – |")
+    assert "no &lt;image> \\| none at all" in rows[5]
 
 
 def test_workers_that_die_or_take_too_long_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Worker:
         started = 0
 
-        def __init__(self) -> None:
+        def __init__(self, lowering: str) -> None:
             Worker.started += 1
             self.served = 0
 

@@ -1,8 +1,9 @@
 """Scaled dot-product attention, with the mask proven and grouped keys and values handed over as they are stored.
 
-A mask goes into the operator only as a flag that was proven (:mod:`mask`); any other mask keeps PyTorch's attention
-and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is seen through where key
-and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the operator reads them.
+A mask goes into the operator only as a flag or a window that was proven (:mod:`mask`); any other mask keeps PyTorch's
+attention and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is seen through
+where key and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the operator reads
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _INDEX = sympy.symbols("batch head position channel", integer=True, nonnegative=
 
 
 class Attention:
-    """Finds scaled dot-product attention that is causal, or sees every key.
+    """Finds scaled dot-product attention that is causal, causal within a window, or sees every key.
 
     Args:
         right_padded: see :func:`~unsloth.passes.recognise.mask.prove`.
@@ -49,7 +50,7 @@ def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept], right
     q, k, v = given["query"], given["key"], given["value"]
     if reason := _problem(q, k, v, given):
         return Miss(reason, node, source_line(node), 1)
-    causal = given["is_causal"]
+    causal, window = given["is_causal"], None
     if (tensor := given["attn_mask"]) is not None:
         scores = (*value(q).shape[:3], value(k).shape[2])
         key = tensor, tuple(map(integer, scores))
@@ -58,16 +59,16 @@ def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept], right
         mask = proofs[key]
         if isinstance(mask, Kept):
             return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
-        if mask.window is not None:
-            return Miss(f"{mask}: no kernel for a window yet, the mask is kept", node, source_line(tensor), 2)
-        causal = mask.causal
+        causal, window = mask.causal, mask.window
+        if window is not None and not causal:
+            return Miss(f"{mask} without causal: no kernel, the mask is kept", node, source_line(tensor), 2)
     if causal and not statically_known_true(value(q).shape[2] == value(k).shape[2]):
         reason = f"causal with {value(q).shape[2]} queries and {value(k).shape[2]} keys: aligned differently by kernels"
         return Miss(reason, node, source_line(node), 2)
     scale = value(q).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
     k, v, inner = _stored(k, v, value(q).shape[1])
-    variant = "causal" if causal else "everything visible"
-    return Match(attention, (q, k, v, causal, scale), {node: 0}, frozenset({node, *inner}), variant, (0, 1, 2))
+    variant = "everything visible" if not causal else "causal" if window is None else f"causal ∧ window {window}"
+    return Match(attention, (q, k, v, causal, scale, window), {node: 0}, frozenset({node, *inner}), variant, (0, 1, 2))
 
 
 def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str | None:
@@ -80,7 +81,8 @@ def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str |
     if not isinstance(shapes[0][3] if given["scale"] is None else given["scale"], (int, float)):
         return "the scale is not known when compiling"
     heads = [shape[1] for shape in shapes]
-    if not given["enable_gqa"] and not all(statically_known_true(h == heads[0]) for h in heads):
+    one_for_all = all(statically_known_true(h == 1) for h in heads[1:])  # broadcast over the query heads
+    if not (given["enable_gqa"] or one_for_all) and not all(statically_known_true(h == heads[0]) for h in heads):
         return f"{heads[0]} query, {heads[1]} key and {heads[2]} value heads without enable_gqa"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from unsloth import explain, verify
+from unsloth.compiler.batches import packed, padded
 from unsloth.compiler.options import OptionError
 from unsloth.compiler.run import BatchError
 from unsloth.kernels.operator import operator
@@ -126,6 +128,73 @@ def test_verify_notices_a_wrong_gradient_behind_a_right_loss() -> None:
     assert not result.ok and abs(result.loss_compiled - result.loss_eager) < 1e-5
     assert result.first_deviation == "pass glu"
     assert "NOT the same training step" in str(result) and "first after pass glu" in str(result)
+
+
+@dataclasses.dataclass
+class WrongAt:
+    """A right pass with the wrong backward at the places that ``wrong`` says, counted in graph order."""
+
+    name: str
+    wrong: frozenset[int]
+
+    def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
+        (right,) = (r for r in RECOGNISERS if r.name == self.name)
+        for index, item in enumerate(right.find(graph)):
+            yield dataclasses.replace(item, operator=wrong_glu) if index in self.wrong else item
+
+
+@pytest.mark.parametrize(("wrong", "module"), [({0, 1}, "model.layers.0.mlp"), ({1}, "model.layers.1.mlp")])
+def test_verify_names_the_place(wrong: set[int], module: str) -> None:
+    """The loss is right, one place of one pass is not: operator, module and line are named."""
+    passes = [WrongAt("glu", frozenset(wrong)) if r.name == "glu" else r for r in RECOGNISERS]
+    result = verify(presets.build("tiny-llama"), batch(), options={"lowering": "eager"}, recognisers=passes)
+    assert not result.ok and result.first_deviation == "pass glu"
+    culprit = result.culprit
+    assert culprit is not None and (culprit.operator, culprit.module, culprit.detail) == ("glu", module, "swiglu")
+    assert (culprit.source_line or "").startswith("modeling_llama.py:")
+    assert f"culprit   glu (swiglu) in {module}, modeling_llama.py:" in str(result)
+
+
+def test_verify_names_a_place_among_many() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gates = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+            self.ups = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
+
+        def forward(self, x):
+            for gate, up in zip(self.gates, self.ups, strict=True):
+                x = x + torch.nn.functional.silu(gate(x)) * up(x)
+            return x.square().mean()
+
+    verifying = sys.modules["unsloth.compiler.verify"]
+    steps = []
+    passes = [WrongAt("glu", frozenset({5, 7}))]
+    with pytest.MonkeyPatch.context() as patch:
+        right = verifying._compiled_step
+        patch.setattr(verifying, "_compiled_step", lambda *args: steps.append(args) or right(*args))
+        result = verify(Deep(), (torch.randn(2, 4),), options={"lowering": "eager"}, recognisers=passes)
+    (line,) = {s.source_line for s in explain(Deep(), (torch.randn(2, 4),)).rewritten}
+    assert result.culprit is not None and result.culprit.source_line == line
+    assert len(steps) <= 9  # 2 to find the pass, log₂ 9 to find the place
+    sites = [s.nodes for s in explain(Deep(), (torch.randn(2, 4),)).rewritten]
+    assert result.culprit.nodes == sites[5]
+
+
+def test_a_step_that_trains_nothing_is_not_ok() -> None:
+    class Still(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sum() * 0.0
+
+    result = verify(Still(4, 4), (torch.ones(2, 4),), options={"lowering": "eager"})
+    assert not result.ok and result.grad_norm == 0 and "such a step trains nothing" in str(result)
+
+
+@pytest.mark.parametrize("shape", [packed, padded])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-mistral", "tiny-gemma2"])
+def test_verify_of_packed_and_padded_batches(name: str, shape: Any) -> None:
+    result = verify(presets.build(name).train(), shape(batch()), options={"lowering": "eager"})
+    assert result.ok and result.grad_norm > 0, result
 
 
 def test_verify_is_not_fooled_by_nan() -> None:

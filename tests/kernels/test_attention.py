@@ -63,20 +63,26 @@ def make(shape: tuple[int, ...], dtype: torch.dtype = HALF, seed: int = 0) -> tu
     return random(heads, queries), random(kv_heads, keys), random(kv_heads, keys)
 
 
-def eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+def eager(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+    mask = None if window is None else visible(q, k, causal, window)
+    causal = causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
-def scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def visible(q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tensor:
+    """[queries, keys], from the definition: i - window < j <= i."""
+    i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)
+    reached = i - j < (q.shape[2] if window is None else window)
+    return reached & (j <= i) if causal else reached
+
+
+def scores(q: Tensor, k: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
     result = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
-    if causal:
-        hidden = torch.ones(result.shape[-2:], dtype=torch.bool, device=result.device).triu(1)
-        result = result.masked_fill(hidden, -torch.inf)
-    return result
+    return result.masked_fill(~visible(q, k, causal, window), -torch.inf)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    return scores(q, k, causal, scale).softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> Tensor:
+    return scores(q, k, causal, scale, window).softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
 def length_major(x: Tensor) -> tuple[int, ...]:
@@ -110,7 +116,7 @@ def everything(implementation: str, *args: Any, grad: Tensor) -> list[Any]:
 @pytest.mark.parametrize("causal", [True, False])
 def test_accuracy(library: Backend, dtype: torch.dtype, causal: bool) -> None:
     def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-        return *make(shape, dtype, seed), causal, 0.2
+        return *make(shape, dtype, seed), causal, 0.2, None
 
     shapes = [*SQUARES, *([] if causal else RECTANGLES), *(MODEL_SIZED if CUDA else [])]
     shapes = [shape for shape in shapes if runs(library, shape)]
@@ -125,10 +131,10 @@ def test_float64_stays_float64(implementation: str, causal: bool) -> None:
     """Against the formula written out; so eager in float64, the truth of the other tests, is right as well."""
     q, k, v = make(SQUARES[1], torch.float64)
     grad = torch.randn_like(q)
-    results = everything(implementation, q, k, v, causal, 0.2, grad=grad)
+    results = everything(implementation, q, k, v, causal, 0.2, None, grad=grad)
     q, k, v = leaves((q, k, v))
-    out = exact(q, k, v, causal, 0.2)
-    truth = [out, scores(q, k, causal, 0.2).logsumexp(-1), *torch.autograd.grad(out, (q, k, v), grad)]
+    out = exact(q, k, v, causal, 0.2, None)
+    truth = [out, scores(q, k, causal, 0.2, None).logsumexp(-1), *torch.autograd.grad(out, (q, k, v), grad)]
     for value, expected in zip(results, truth, strict=True):
         assert value.dtype == torch.float64 and relative_error(value, expected) < 1e-14
 
@@ -137,7 +143,7 @@ def test_float64_stays_float64(implementation: str, causal: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_equal_to_eager_on_the_cpu(dtype: torch.dtype) -> None:
     q, k, v = (x.requires_grad_() for x in make(SQUARES[1], dtype))
-    ours, theirs = attention(q, k, v, True, 0.2)[0], eager(q, k, v, True, 0.2)
+    ours, theirs = attention(q, k, v, True, 0.2, None)[0], eager(q, k, v, True, 0.2, None)
     grad = torch.randn_like(ours)
     assert torch.equal(ours, theirs)
     for mine, yours in zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (ours, theirs)), strict=True):
@@ -151,8 +157,8 @@ def test_logsumexp_is_natural_and_scaled(library: Backend, shape: tuple[int, ...
         pytest.skip(f"{library} is not chosen here")
     q, k, v = make(shape)
     with forced_backend(library):
-        _, lse = attention.forward(q, k, v, True, 0.2)
-    truth = scores(q.double(), k.double(), True, 0.2).logsumexp(-1)
+        _, lse = attention.forward(q, k, v, True, 0.2, None)
+    truth = scores(q.double(), k.double(), True, 0.2, None).logsumexp(-1)
     assert lse.dtype == torch.float32 and lse.is_contiguous()
     assert relative_error(lse, truth) < 1e-4
 
@@ -164,7 +170,7 @@ def test_one_token(library: Backend) -> None:
     grad = make((2, 2, 1, 1, 1, 16), seed=1)[0]
     backend = "flash" if library == "cudnn" else library  # cuDNN refuses a single key: it is not chosen there
     assert choose_backend(q, k, v, True) == backend
-    out, _, dq, dk, dv = everything("kernel", q, k, v, True, 0.2, grad=grad)
+    out, _, dq, dk, dv = everything("kernel", q, k, v, True, 0.2, None, grad=grad)
     assert torch.equal(out, v.expand_as(out))
     assert float(dq.abs().max()) < 1e-5 and float(dk.abs().max()) < 1e-5
     assert relative_error(dv, grad.double().sum(1, keepdim=True)) < torch.finfo(HALF).eps
@@ -174,8 +180,8 @@ def test_first_query_sees_the_first_key() -> None:
     """With more keys than queries the diagonal starts top left, as in PyTorch, in whatever runs the operator."""
     for shape in RECTANGLES:
         q, k, v = make(shape)
-        truth = exact(q.double(), k.double(), v.double(), True, 0.2)
-        assert relative_error(attention(q, k, v, True, 0.2)[0], truth) < 2 * torch.finfo(HALF).eps
+        truth = exact(q.double(), k.double(), v.double(), True, 0.2, None)
+        assert relative_error(attention(q, k, v, True, 0.2, None)[0], truth) < 2 * torch.finfo(HALF).eps
 
 
 @on_cuda
@@ -186,12 +192,12 @@ def test_libraries_share_their_statistics() -> None:
     q, k, v = make(MODEL_SIZED[0])
     grad = make(MODEL_SIZED[0], seed=1)[0]
     q64, k64, v64 = leaves((q, k, v))
-    truth = torch.autograd.grad(exact(q64, k64, v64, True, 0.2), (q64, k64, v64), grad.double())
+    truth = torch.autograd.grad(exact(q64, k64, v64, True, 0.2, None), (q64, k64, v64), grad.double())
     for first, second in (("cudnn", "flash"), ("flash", "cudnn")):
         with forced_backend(first):
-            out, lse = attention.forward(q, k, v, True, 0.2)
+            out, lse = attention.forward(q, k, v, True, 0.2, None)
         with forced_backend(second):
-            gradients = attention.backward(grad, q, k, v, out, lse, True, 0.2, [True] * 3)
+            gradients = attention.backward(grad, q, k, v, out, lse, True, 0.2, None, [True] * 3)
         for gradient, expected in zip(gradients, truth, strict=True):
             assert relative_error(gradient, expected) < torch.finfo(HALF).eps
 
@@ -243,9 +249,9 @@ def test_layouts(library: Backend, make_inputs: Any, shape: tuple[int, ...]) -> 
         gradients += gradients
     with forced_backend(library):
         for grad in gradients:
-            truth = everything("reference", q.double(), k.double(), v.double(), True, 0.2, grad=grad.double())
+            truth = everything("reference", q.double(), k.double(), v.double(), True, 0.2, None, grad=grad.double())
             for implementation in IMPLEMENTATIONS:
-                results = everything(implementation, q, k, v, True, 0.2, grad=grad)
+                results = everything(implementation, q, k, v, True, 0.2, None, grad=grad)
                 for value, expected in zip(results, truth, strict=True):
                     assert relative_error(value, expected) < 4 * torch.finfo(HALF).eps + 1e-6
                     assert value.stride() == (length_major(value) if value.dim() == 4 else fresh(value))
@@ -265,12 +271,12 @@ def test_views_of_a_fused_projection_are_read_in_place() -> None:
 
 def test_unneeded_gradients_are_not_returned() -> None:
     with forced_backend("flash" if CUDA else "cpu"):
-        assert_skips_unneeded(attention, *make(SQUARES[1]), True, 0.2)
+        assert_skips_unneeded(attention, *make(SQUARES[1]), True, 0.2, None)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_opcheck(causal: bool) -> None:
-    opcheck(attention, *make((2, 4, 2, 5, 5, 16)), causal, 0.2)
+    opcheck(attention, *make((2, 4, 2, 5, 5, 16)), causal, 0.2, None)
 
 
 def test_autograd() -> None:
@@ -279,66 +285,174 @@ def test_autograd() -> None:
         q, k, v = inputs = leaves(make(SQUARES[1]), HALF)
         for i, x in enumerate(inputs):
             x.requires_grad_(i in wanted)
-        out, lse = attention(q, k, v, True, 0.2)
+        out, lse = attention(q, k, v, True, 0.2, None)
         assert out.requires_grad and not lse.requires_grad
         ours = torch.autograd.grad(out.sum(), [inputs[i] for i in wanted])
-        theirs = torch.autograd.grad(eager(q, k, v, True, 0.2).sum(), [inputs[i] for i in wanted])
+        theirs = torch.autograd.grad(eager(q, k, v, True, 0.2, None).sum(), [inputs[i] for i in wanted])
         for mine, yours in zip(ours, theirs, strict=True):
             assert relative_error(mine, yours) < 2 * torch.finfo(HALF).eps
 
 
 def test_one_graph_serves_all_lengths() -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda q, k, v: attention(q, k, v, True, 0.2)[0], backend=counter, dynamic=True)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, True, 0.2, None)[0], backend=counter, dynamic=True)
     for length in (5, 6, 9, 17):
         q, k, v = (x.requires_grad_() for x in make((2, 4, 2, length, length, 16)))
         out = compiled(q, k, v)
         out.sum().backward()
-        assert relative_error(out, eager(q, k, v, True, 0.2)) < 2 * torch.finfo(HALF).eps
+        assert relative_error(out, eager(q, k, v, True, 0.2, None)) < 2 * torch.finfo(HALF).eps
         assert q.grad is not None and q.grad.shape == q.shape
     assert counter.frame_count == 1
 
 
 def test_symbolic_shapes() -> None:
-    assert_symbolic(attention, *make((2, 4, 4, 7, 7, 16)), True, 0.2, static=(1, 3))
-    assert_symbolic(attention, *make((2, 4, 2, 7, 9, 16)), False, 0.2, static=(1, 3))
+    assert_symbolic(attention, *make((2, 4, 4, 7, 7, 16)), True, 0.2, None, static=(1, 3))
+    assert_symbolic(attention, *make((2, 4, 2, 7, 9, 16)), False, 0.2, None, static=(1, 3))
     with symbolic(*make((2, 4, 2, 7, 9, 16)), static=(1, 3)) as (q, k, v):
-        assert "align the diagonal" in str(attention.supports(q, k, v, True, 0.2))
+        assert "align the diagonal" in str(attention.supports(q, k, v, True, 0.2, None))
 
 
 def test_supports_says_why_not() -> None:
     q, k, v = make(SQUARES[1])
     wide = make((1, 2, 2, 4, 4, 264))
-    assert attention.supports(q, k, v, True, 0.2) is None
-    assert "[batch, heads, length, width]" in str(attention.supports(q[0], k[0], v[0], True, 0.2))
-    assert "differ in dtype" in str(attention.supports(q.double(), k, v, True, 0.2))
-    assert "batch size" in str(attention.supports(torch.cat([q, q]), k, v, True, 0.2))
-    assert "head sizes" in str(attention.supports(q, k, v[..., :40], True, 0.2))
-    assert "cannot share" in str(attention.supports(q[:, :3], k, v, True, 0.2))
-    assert "differ" in str(attention.supports(q, k, v[:, :, 1:], True, 0.2))
-    assert "align the diagonal" in str(attention.supports(q, k[:, :, 1:], v[:, :, 1:], True, 0.2))
-    assert attention.supports(q, k[:, :, 1:], v[:, :, 1:], False, 0.2) is None
-    assert "int32" in str(attention.supports(q.int(), k.int(), v.int(), True, 0.2))
-    assert "meta" in str(attention.supports(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.2))
+    assert attention.supports(q, k, v, True, 0.2, None) is None
+    assert "[batch, heads, length, width]" in str(attention.supports(q[0], k[0], v[0], True, 0.2, None))
+    assert "differ in dtype" in str(attention.supports(q.double(), k, v, True, 0.2, None))
+    assert "batch size" in str(attention.supports(torch.cat([q, q]), k, v, True, 0.2, None))
+    assert "head sizes" in str(attention.supports(q, k, v[..., :40], True, 0.2, None))
+    assert "cannot share" in str(attention.supports(q[:, :3], k, v, True, 0.2, None))
+    assert "differ" in str(attention.supports(q, k, v[:, :, 1:], True, 0.2, None))
+    assert "align the diagonal" in str(attention.supports(q, k[:, :, 1:], v[:, :, 1:], True, 0.2, None))
+    assert attention.supports(q, k[:, :, 1:], v[:, :, 1:], False, 0.2, None) is None
+    assert "int32" in str(attention.supports(q.int(), k.int(), v.int(), True, 0.2, None))
+    assert "meta" in str(attention.supports(q.to("meta"), k.to("meta"), v.to("meta"), True, 0.2, None))
     with FakeTensorMode(allow_non_fake_inputs=True):  # what is refused on a GPU, asked without one
         x = torch.empty(1, 2, 4, 64, device="cuda")
-        assert "not in float32" in str(attention.supports(x, x, x, True, 0.2))
+        assert "not in float32" in str(attention.supports(x, x, x, True, 0.2, None))
         x = torch.empty(*wide[0].shape, device="cuda", dtype=torch.bfloat16)
-        assert "264" in str(attention.supports(x, x, x, True, 0.2))
+        assert "264" in str(attention.supports(x, x, x, True, 0.2, None))
         x = torch.empty(1, 2, 4, 20, device="cuda", dtype=torch.bfloat16)
-        assert "multiples of 8" in str(attention.supports(x, x, x, True, 0.2))
+        assert "multiples of 8" in str(attention.supports(x, x, x, True, 0.2, None))
 
 
 def test_flops_are_registered_and_causal_is_half() -> None:
     q, k, v = make((2, 4, 2, 32, 32, 16))
     product = 2 * 2 * 4 * 32 * 32 * 16
-    assert attention.flops(q, k, v, False, 0.2) == 2 * product
-    assert attention.flops(q, k, v, True, 0.2) == product
+    assert attention.flops(q, k, v, False, 0.2, None) == 2 * product
+    assert attention.flops(q, k, v, True, 0.2, None) == product
     with FlopCounterMode(display=False) as counter:
-        out, _ = attention(q.requires_grad_(), k, v, True, 0.2)
+        out, _ = attention(q.requires_grad_(), k, v, True, 0.2, None)
         assert counter.get_total_flops() == product
         out.sum().backward()
     assert counter.get_total_flops() == product + 5 * product // 2
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+
+WINDOWS: list[Backend] = ["flash"] if CUDA else ["cpu"]
+# Longer than the blocks in which the libraries walk over keys, so that whole blocks are hidden.
+LONG = [(1, 4, 2, 700, 700, 16)]
+
+
+@pytest.mark.parametrize("library", WINDOWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [2, 5, 64])
+def test_accuracy_in_a_window(library: Backend, dtype: torch.dtype, window: int) -> None:
+    def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+        return *make(shape, dtype, seed), True, 0.2, window
+
+    with forced_backend(library):
+        assert_accurate(attention, inputs, eager, dtypes=[dtype], shapes=[*SQUARES, *LONG])
+
+
+@pytest.mark.skipif(CUDA, reason="the CUDA libraries have no float64")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_window_in_float64(implementation: str) -> None:
+    q, k, v = make(SQUARES[1], torch.float64)
+    grad = torch.randn_like(q)
+    results = everything(implementation, q, k, v, True, 0.2, 5, grad=grad)
+    q, k, v = leaves((q, k, v))
+    out = exact(q, k, v, True, 0.2, 5)
+    truth = [out, scores(q, k, True, 0.2, 5).logsumexp(-1), *torch.autograd.grad(out, (q, k, v), grad)]
+    for value, expected in zip(results, truth, strict=True):
+        assert value.dtype == torch.float64 and relative_error(value, expected) < 1e-14
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_window_is_exactly_that_many_keys_wide(implementation: str) -> None:
+    """The key at i - window + 1 moves query i, the one before it does not, bit for bit; nor does query i move it."""
+    forward, backward = IMPLEMENTATIONS[implementation]
+    q, k, v = make((1, 2, 2, 40, 40, 16))
+    query, window = 30, 8
+    args = q, k, v, True, 0.2, window
+    outputs = forward(attention, *args)
+    for key, seen in ((query - window, False), (query - window + 1, True), (query, True), (query + 1, False)):
+        other = v.clone()
+        other[:, :, key] += 1
+        moved = forward(attention, q, k, other, *args[3:])[0][:, :, query]
+        assert torch.equal(moved, outputs[0][:, :, query]) is not seen
+    grad = torch.zeros_like(outputs[0])
+    grad[:, :, query] = 1
+    _, _, dv = backward(attention, args, outputs, [grad])
+    reached = dv.abs().amax((0, 1, 3)).nonzero().flatten().tolist()  # type: ignore[union-attr]
+    assert reached == list(range(query - window + 1, query + 1))
+
+
+@pytest.mark.parametrize("window", [7, 8, 1000])
+def test_a_window_over_the_whole_length_is_causal(window: int) -> None:
+    q, k, v = make((2, 4, 2, 7, 7, 16))
+    assert choose_backend(q, k, v, True, window) == choose_backend(q, k, v, True)
+    assert torch.equal(attention(q, k, v, True, 0.2, window)[0], attention(q, k, v, True, 0.2, None)[0])
+
+
+def test_opcheck_in_a_window() -> None:
+    opcheck(attention, *make((2, 4, 2, 9, 9, 16)), True, 0.2, 3)
+
+
+def test_symbolic_shapes_in_a_window() -> None:
+    """Also where some lengths are shorter than the window."""
+    assert_symbolic(attention, *make((2, 4, 4, 7, 7, 16)), True, 0.2, 5, static=(1, 3))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, True, 0.2, 8)[0], backend=counter, dynamic=True)
+    for length in (5, 8, 9, 17):
+        q, k, v = (x.requires_grad_() for x in make((2, 4, 2, length, length, 16)))
+        ours = torch.autograd.grad((out := compiled(q, k, v)).sum(), (q, k, v))
+        theirs = torch.autograd.grad((wanted := eager(q, k, v, True, 0.2, 8)).sum(), (q, k, v))
+        for mine, yours in zip((out, *ours), (wanted, *theirs), strict=True):
+            assert relative_error(mine, yours) < 4 * torch.finfo(HALF).eps + 1e-6
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("library", WINDOWS)
+def test_a_window_of_one_is_the_value_itself(library: Backend) -> None:
+    q, k, v = make((2, 2, 2, 33, 33, 16))
+    with forced_backend(library):
+        out, _, dq, dk, dv = everything("kernel", q, k, v, True, 0.2, 1, grad=(grad := torch.randn_like(q)))
+    assert torch.equal(out, v) and relative_error(dv, grad) < torch.finfo(HALF).eps
+    assert float(dq.abs().max()) < 1e-5 and float(dk.abs().max()) < 1e-5
+
+
+def test_a_window_that_sees_ahead_is_right_but_refused() -> None:
+    """No library has it: a pass is told so, and a direct call gets the formula."""
+    for shape in (SQUARES[1], *RECTANGLES):
+        q, k, v = make(shape)
+        assert choose_backend(q, k, v, False, 30) == "explicit"
+        truth = exact(q.double(), k.double(), v.double(), False, 0.2, 30)
+        assert relative_error(attention(q, k, v, False, 0.2, 30)[0], truth) < 8 * torch.finfo(HALF).eps
+    q, k, v = make(SQUARES[1])
+    assert attention.supports(q, k, v, True, 0.2, 5) is None
+    assert attention.supports(q, k, v, False, 0.2, 5) == "window 5 without causal: no kernel"
+    assert attention.supports(q, k, v, True, 0.2, 0) == "window 0 hides every key"
+
+
+def test_flops_of_a_window() -> None:
+    q, k, v = make((2, 4, 2, 32, 32, 16))
+    by_score = 2 * 2 * 2 * 4 * 16
+    assert attention.flops(q, k, v, True, 0.2, 8) == by_score * (8 * 32 - 8 * 8 // 2)
+    assert attention.flops(q, k, v, True, 0.2, 32) == attention.flops(q, k, v, True, 0.2, None)
+    assert attention.flops(q, k, v, True, 0.2, 99) == attention.flops(q, k, v, True, 0.2, None)
+    with symbolic(q, k, v, static=(1, 3)) as (q, k, v):
+        assert isinstance(attention.flops(q, k, v, True, 0.2, 8), torch.SymInt)
 
 
 # -- which library -----------------------------------------------------------------------------------------------------
@@ -381,6 +495,8 @@ def test_choice_by_device(
         q = torch.empty(2, 8, length, width, device="cuda", dtype=torch.bfloat16)
         k = torch.empty(2, 2, length, width, device="cuda", dtype=torch.bfloat16)
         assert choose_backend(q, k, k, True) == choice
+        narrow = "flash" if choice == "cudnn" else choice  # cuDNN takes no window
+        assert choose_backend(q, k, k, True, 16) == (choice if length <= 16 else narrow)
         assert choose_backend(q.float(), k.float(), k.float(), True) == "explicit"
 
 

@@ -82,7 +82,7 @@ def test_flags(causal: bool, dynamic: bool) -> None:
         dynamic=dynamic,
     )
     assert inputs(match) == [0, 1, 2]
-    assert match.args[3:] == (causal, 8**-0.5) and match.autocast == (0, 1, 2)
+    assert match.args[3:] == (causal, 8**-0.5, None) and match.autocast == (0, 1, 2)
     assert match.variant == ("causal" if causal else "everything visible")
     assert list(match.outputs) == list(match.interior)
 
@@ -137,17 +137,27 @@ def test_causal_over_other_lengths_is_refused(dynamic: bool) -> None:
 
 
 @MODES
-def test_a_window_is_proven_but_kept(dynamic: bool) -> None:
+def test_a_proven_window_becomes_a_number(dynamic: bool) -> None:
     def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         back = positions[:, None] - positions
         return scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < 4))
 
-    reason = "causal ∧ window 4: no kernel for a window yet, the mask is kept"
-    assert missed(windowed, heads(4), heads(4), heads(4), dynamic=dynamic) == reason
-    short = (heads(4, 3) for _ in range(3))
+    match = matched(windowed, heads(4), heads(4), heads(4), dynamic=dynamic)
+    assert match.args[3:] == (True, 8**-0.5, 4) and match.variant == "causal ∧ window 4"
     if not dynamic:
-        assert matched(windowed, *short).variant == "causal"
+        short = matched(windowed, *(heads(4, 3) for _ in range(3)))
+        assert short.args[5] is None and short.variant == "causal"
+
+
+@MODES
+def test_a_window_that_sees_ahead_is_kept(dynamic: bool) -> None:
+    def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        positions = torch.arange(q.shape[2])
+        return scaled_dot_product_attention(q, k, v, attn_mask=positions[:, None] - positions < 4)
+
+    reason = "window 4 without causal: no kernel, the mask is kept"
+    assert missed(windowed, heads(4), heads(4), heads(4), dynamic=dynamic) == reason
 
 
 def test_a_padding_mask_is_kept_and_says_where_it_is_made() -> None:
@@ -230,6 +240,30 @@ def test_one_key_head_for_all() -> None:
         return scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1))
 
     assert inputs(matched(shared, heads(4), heads(1), heads(1))) == [0, 1, 2]
+
+
+@MODES
+def test_one_key_head_that_is_broadcast(dynamic: bool) -> None:
+    match = matched(scaled_dot_product_attention, heads(4), heads(1), heads(1), dynamic=dynamic)
+    assert match.interior == {match.anchor} and match.args[:3] == match.anchor.args[:3]
+    expected = "4 query, 1 key and 4 value heads without enable_gqa"
+    assert missed(scaled_dot_product_attention, heads(4), heads(1), heads(4), dynamic=dynamic) == expected
+
+
+def test_one_broadcast_key_head_keeps_its_gradients() -> None:
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        assert report.rewritten and not report.missed
+        return result
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 6, -1)
+
+    torch._dynamo.reset()
+    args = heads(4), heads(1), heads(1)
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(*args).square().sum(), args) for f in (compiled, attend))
+    torch.testing.assert_close(got, wanted)
 
 
 def test_enable_gqa() -> None:
@@ -388,8 +422,47 @@ def test_every_attention_of_a_model(name: str, dynamic: bool) -> None:
 @MODES
 def test_a_model_with_a_window(dynamic: bool) -> None:
     (result,) = in_model(CONFIGS["mistral, window"](), dynamic)
-    assert isinstance(result, Miss)
-    assert result.reason == "causal ∧ window 8: no kernel for a window yet, the mask is kept"
+    assert isinstance(result, Match) and result.variant == "causal ∧ window 8" and result.args[5] == 8
+
+
+def rewritten(model: torch.nn.Module, dynamic: bool) -> Any:
+    """The model, compiled with its attention as our operator and nothing else changed."""
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        assert report.rewritten and not report.missed
+        assert "scaled_dot_product_attention" not in targets(result)
+        return result
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
+
+
+@MODES
+def test_a_window_is_as_wide_as_the_model_says(dynamic: bool) -> None:
+    """In a model of one layer the token at i - window + 1 moves the logits at i, the one before it does not."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["mistral, window"](), attn_implementation="sdpa")
+    compiled = rewritten(model, dynamic)
+    window = model.config.sliding_window
+    ids = torch.randint(1, 64, (2, LENGTH))
+    query = LENGTH - 1
+    before = compiled(input_ids=ids, use_cache=False).logits[:, query]
+    for position, seen in ((query - window, False), (query - window + 1, True)):
+        other = ids.clone()
+        other[:, position] = ids[:, position] % 63 + 1
+        after = compiled(input_ids=other, use_cache=False).logits[:, query]
+        assert torch.equal(after, before) is not seen
+
+
+@MODES
+def test_a_model_with_a_window_keeps_its_gradients(dynamic: bool) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIGS["mistral, window"](), attn_implementation="sdpa")
+    ids = torch.randint(1, 64, (2, LENGTH))
+    gradients = []
+    for run in (model, rewritten(model, dynamic)):
+        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_with_masks_from_data() -> None:

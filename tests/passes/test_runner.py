@@ -14,11 +14,13 @@ import torch
 from torch.nn.functional import dropout, linear
 
 from tests.toy import Raising, Scale, toy
-from tests.tracing import targets, trace
+from tests.tracing import dynamo_graph, targets, trace
+from unsloth.compiler.capture import retrace
+from unsloth.passes import soundness
 from unsloth.passes.recognise import RECOGNISERS
 from unsloth.passes.rewrite import Call, Match, Miss
 from unsloth.passes.runner import CompilerWarning, PassError, copy_graph, run_passes
-from unsloth.passes.soundness import Unsound, assert_same_mathematics
+from unsloth.passes.soundness import LostGradient, Unsound, assert_same_mathematics
 
 
 def model(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -37,18 +39,12 @@ def test_rewrites_and_keeps_gradients(dynamic: bool) -> None:
     assert targets(result).count("toy_scale") == 2 and "toy_scale" not in targets(gm)
     assert [s.operator for s in report.rewritten] == ["toy_scale"] * 2 and report.seconds > 0
     assert all(s.source_line and s.source_line.startswith("test_runner.py:") for s in report.rewritten)
-    run = torch.compile(model, backend=lambda g, _: run_passes(_retrace(g), [Scale()], strict=True)[0], dynamic=dynamic)
+    run = torch.compile(model, backend=lambda g, _: run_passes(retrace(g), [Scale()], strict=True)[0], dynamic=dynamic)
     run(x, w).backward()
     got = x.grad, w.grad
     x.grad = w.grad = None
     model(x, w).backward()
     torch.testing.assert_close(got, (x.grad, w.grad))
-
-
-def _retrace(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    from unsloth.compiler.capture import retrace
-
-    return retrace(gm)
 
 
 def test_disabled_pass_does_not_run() -> None:
@@ -264,3 +260,38 @@ def test_every_pass_leaves_its_graphs_in_the_structured_trace(tmp_path) -> None:
     (log,) = tmp_path.glob("*.log")
     names = [name for line in log.read_text().splitlines() for name in re.findall(r'"name": "(unsloth_\w+)"', line)]
     assert names == [f"unsloth_{r.name}_{when}" for r in RECOGNISERS for when in ("before", "after")]
+
+
+# -- what is not done twice -------------------------------------------------------------------------------------------
+
+
+def test_a_graph_with_a_record_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = retrace(dynamo_graph(model, *inputs()), check=False)
+    runs = []
+    checked = soundness._outputs
+    monkeypatch.setattr(soundness, "_outputs", lambda graph, *args: runs.append(graph) or checked(graph, *args))
+    result, (report,) = run_passes(gm, [Scale()], strict=True)
+    assert runs == [result] and len(report.rewritten) == 2
+    assert not any("unsloth_output" in n.meta for n in result.graph.nodes)  # it would keep an autograd graph alive
+
+
+@pytest.mark.parametrize("passes", [[], [Scale()]], ids=["unchanged", "rewritten"])
+def test_a_gradient_that_the_retrace_lost_is_no_fault_of_the_passes(passes: list) -> None:
+    gm = retrace(dynamo_graph(model, *inputs()), check=False)
+    (relu,) = (n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
+    with gm.graph.inserting_before(relu):
+        relu.args = (gm.graph.call_function(torch.ops.aten.detach.default, relu.args),)
+    relu.args[0].meta = dict(relu.meta)
+    gm.recompile()
+    with pytest.raises(LostGradient, match=r"output 0 would lose its gradient with respect to l_x_, l_w_"):
+        run_passes(gm, passes)
+
+
+def test_alike_sites_are_asked_once_and_get_values_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    supports = toy.supports
+    monkeypatch.setattr(toy, "supports", lambda *args: asked.append(args) or supports(*args))
+    result, _ = run_passes(trace(model, *inputs()), [Scale()], strict=True)
+    first, second = (n.meta["val"] for n in result.graph.nodes if "toy_scale" in str(n.target))
+    assert len(asked) == 1 and first is not second
+    assert first.untyped_storage()._cdata != second.untyped_storage()._cdata

@@ -169,6 +169,7 @@ def test_a_power_cut_at_every_point(tmp_path, monkeypatch, again: bool) -> None:
             save(place, 10)
             if again:
                 save(place, 10)
+        recover(place)
         folder, notes = newest_whole(place)
         assert notes == []
         assert_holds(folder, checkpoints.step_of(folder))
@@ -209,6 +210,7 @@ def test_fifty_kills_inside_of_saves(tmp_path) -> None:
         said = process.stdout.read().split()
         process.wait()
         inside += any(p.name.startswith(".saving-") for p in tmp_path.iterdir())
+        recover(tmp_path)
         folder, notes = newest_whole(tmp_path)
         assert notes == []
         assert checkpoints.step_of(folder) >= max(map(int, said), default=0)

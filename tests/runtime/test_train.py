@@ -227,7 +227,7 @@ def test_templates_that_cannot_be_used(command, checkpoint, tmp_path, flags, mes
 
 def test_no_space_on_the_disk(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)  # type: ignore[attr-defined]
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     code, _, err = command("--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out")
     assert code == 2 and "MiB free; the run needs" in err
 

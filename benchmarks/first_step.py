@@ -1,0 +1,73 @@
+"""Where does the first step's time go? Cold and warm, stage by stage, each in a process of its own.
+
+    python -m benchmarks.first_step [--model tiny-llama] [--layers 32] [--batch 2] [--seq 64] [--lowering inductor]
+
+A LoRA step (rank 16 on every linear layer) of a preset, made as deep as asked. *Cold* begins with an empty cache,
+*warm* is a second process that finds what the first one left there. Seconds are those of a wall clock, by PyTorch's
+own timers; *rest* is what none of them names: guards, Inductor's joint passes, running the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+
+def measure(model: str, layers: int, batch: int, seq: int, lowering: str) -> dict[str, float]:
+    """Compile and run one training step in this process; seconds by stage, and ``total``."""
+    import torch
+
+    from unsloth.compiler.explain import explain
+    from unsloth.models import presets
+    from unsloth.models.load import random_batch, with_lora
+
+    presets.SHAPES[model]["num_hidden_layers"] = layers
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bare = presets.build(model, dtype=dtype, device=device)
+    inputs = random_batch(bare, batch, seq)
+    owner = with_lora(bare).train()
+    started = time.perf_counter()
+    explanation = explain(owner, inputs, options={"lowering": lowering, "logits": "drop", "strict": True})
+    if device == "cuda":
+        torch.cuda.synchronize()
+    total = time.perf_counter() - started
+    seconds = explanation.seconds
+    return {**seconds, "rest": total - sum(seconds.values()), "total": total}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure cold and warm, and print a table."""
+    arguments = argparse.ArgumentParser("benchmarks.first_step", description=__doc__.split("\n")[0])
+    arguments.add_argument("--model", default="tiny-llama", help="a preset")
+    arguments.add_argument("--layers", type=int, default=32)
+    arguments.add_argument("--batch", type=int, default=2)
+    arguments.add_argument("--seq", type=int, default=64)
+    arguments.add_argument("--lowering", choices=("eager", "inductor"), default="inductor")
+    arguments.add_argument("--here", action="store_true", help="measure in this process and print JSON")
+    args = arguments.parse_args(argv)
+    if args.here:
+        print(json.dumps(measure(args.model, args.layers, args.batch, args.seq, args.lowering)))
+        return
+    given = [*(argv if argv is not None else sys.argv[1:]), "--here"]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        runs = {}
+        for name in ("cold", "warm"):
+            command = [sys.executable, "-m", "benchmarks.first_step", *given]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            runs[name] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{args.model}, {args.layers} layers, LoRA, {args.batch}×{args.seq}, {args.lowering}")
+    print(f"{'stage':<14}" + "".join(f"{name:>10}" for name in runs))
+    for stage in dict.fromkeys(s for run in runs.values() for s in run):
+        cells = (f"{run[stage]:>9.2f}s" if stage in run else f"{'–':>10}" for run in runs.values())
+        print(f"{stage:<14}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Which tokens of a conversation are the assistant's, for a loss on its answers alone.
+
+What a chat template puts around an answer is found by rendering: conversations whose texts are known are compared with
+what comes out. Then every answer of a row is found in the row's own rendering, in the order of its messages, so that a
+user who writes the template's markers into a question fools nobody.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from rich.text import Text
+
+from .problems import BadRow, DataError, shown
+
+CHECKED = 20
+"""Rows whose answers are compared with what was found in them, before training."""
+
+SHOWN = 1000
+"""Characters of the first row that are shown."""
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What a template puts around an answer.
+
+    Attributes:
+        start: the last thing before it, such as ``<|im_start|>assistant\\n``: the generation prompt, if there is one.
+        stop: what ends it and has to be learnt, such as ``<|im_end|>``; empty where the template has no end.
+    """
+
+    start: str
+    stop: str
+
+
+def find_markers(tokenizer: Any) -> Markers:
+    """Compare renderings of known conversations.
+
+    Raises:
+        DataError: when the template drops or changes texts, or puts nothing before an answer.
+    """
+    questions, answers = ("QUESTIONONE", "QUESTIONTWO"), ("ANSWERONE", "ANSWERTWO")
+    chat = [
+        {"role": role, "content": text}
+        for pair in zip(questions, answers, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    whole = _rendered(tokenizer, chat)
+    if not all(whole.count(text) == 1 for text in (*questions, *answers)):
+        raise DataError("the chat template drops or repeats messages: answers cannot be told from questions in it")
+    before = _between(whole, questions[0], answers[0])
+    asked = _rendered(tokenizer, chat[:1]).partition(questions[0])[2]
+    prompted = _rendered(tokenizer, chat[:1], add_generation_prompt=True).partition(questions[0])[2]
+    start = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
+    if not start or not before.startswith(asked + start):
+        start = before  # there is no generation prompt, or another one: all that stands there
+    if not start.strip():
+        raise DataError("the chat template puts nothing between a question and its answer")
+    inner, last = _between(whole, answers[0], questions[1]), whole.partition(answers[1])[2]
+    both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(inner, last, strict=False))
+    return Markers(start, "".join(one for one, _ in both).rstrip())
+
+
+def answers(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the model sees it, and where the assistant's answers are in it, with what ends each.
+
+    Args:
+        row: ``messages``, and perhaps ``tools`` and ``chat_template_kwargs``, which go to the template.
+
+    Raises:
+        BadRow: when an answer is not found, because the template changed it.
+    """
+    messages = row["messages"]
+    text = _rendered(tokenizer, messages, tools=row.get("tools"), **(row.get("chat_template_kwargs") or {}))
+    found, position = [], 0
+    for number, message in enumerate(messages, 1):
+        content = (message.get("content") or "").strip()
+        if message["role"] != "assistant":
+            place = text.find(content, position)
+            position = place + len(content) if place >= 0 else position
+            continue
+        start = text.find(markers.start, position)
+        first = start + len(markers.start)
+        place = text.find(content, first) if start >= 0 else -1
+        if place < 0:
+            raise BadRow(f"message {number} (assistant) is not found in what the chat template makes of the row")
+        end = place + len(content)
+        stop = text.find(markers.stop, end) if markers.stop else end
+        position = stop + len(markers.stop) if stop >= 0 else end
+        found.append((first, position))
+    return text, found
+
+
+def tokenized(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """A conversation as TRL reads it: ``input_ids``, and ``assistant_masks`` with 1 for what is trained on.
+
+    Raises:
+        BadRow: when an answer is not found.
+        DataError: when the tokenizer cannot say where in a text its tokens are.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("assistant_only_loss needs a fast tokenizer (tokenizer.json), which says where its tokens are")
+    text, spans = answers(tokenizer, markers, row)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # A token that reaches into an answer belongs to it, even if it begins with the marker's last space.
+    mask = [int(any(a < end and b > start for start, end in spans)) for a, b in encoded["offset_mapping"]]
+    return {"input_ids": encoded["input_ids"], "assistant_masks": mask}
+
+
+def check(tokenizer: Any, rows: Sequence[Mapping[str, Any]], made: Sequence[Mapping[str, Any]]) -> None:
+    """Compare what is trained on with the answers themselves, on the first rows.
+
+    Raises:
+        DataError: when they are not the same.
+    """
+    for row, tokens in zip(rows[:CHECKED], made[:CHECKED], strict=True):
+        learnt = tokenizer.decode(
+            [t for t, on in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if on]
+        )
+        wanted = [(m.get("content") or "").strip() for m in row["messages"] if m["role"] == "assistant"]
+        if missing := [answer for answer in wanted if answer and answer not in learnt]:
+            raise DataError(f"the answer {shown(missing[0])} would not be trained on, but {shown(learnt, 80)}")
+
+
+def coloured(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *, plain: bool) -> Text:
+    """A row with what is trained on in green; on a console without colours in «quotes»."""
+    text = Text()
+    first = 0
+    while first < len(input_ids) and len(text) < SHOWN:
+        trained = labels[first] >= 0
+        last = first
+        while last < len(input_ids) and (labels[last] >= 0) == trained:
+            last += 1
+        part = tokenizer.decode(input_ids[first:last])
+        text.append(f"«{part}»" if plain and trained else part, style="green" if trained else "dim")
+        first = last
+    if len(text) > SHOWN:
+        text = text[:SHOWN]
+        text.append(" …", style="dim")
+    return text
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
+    except jinja2.TemplateError as error:
+        raise BadRow(f"the chat template refuses the row: {error}") from None
+
+
+def _between(text: str, first: str, second: str) -> str:
+    return text.partition(first)[2].partition(second)[0]

@@ -1,0 +1,78 @@
+"""A second process finds what the first one compiled, and never what was compiled under other circumstances."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unsloth.compiler.inline import InlineReferences
+from unsloth.kernels.glu import swiglu
+
+_STEP = """
+import json, sys
+import torch
+from torch.nn.functional import linear, silu
+from torch._dynamo.utils import counters
+
+def loss(x, gate, up, weight):
+    x = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    return (silu(linear(x, gate)) * linear(x, up)).square().sum()
+
+torch.manual_seed(0)
+tensors = [torch.randn(4, 8), *(torch.randn(s, requires_grad=True) for s in ((16, 8), (16, 8), (8,)))]
+compiled = torch.compile(loss, backend="unsloth", options={"strict": True, **json.loads(sys.argv[1])})
+compiled(*tensors).backward()
+ours = [t.grad for t in tensors[1:]]
+eager = torch.autograd.grad(loss(*tensors), tensors[1:])
+torch.testing.assert_close(ours, list(eager))
+print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory):
+    """Run one step in a process of its own; all share a cache. Returns PyTorch's counters."""
+    folder = tmp_path_factory.mktemp("caches")
+    enabled = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+
+    def run(**options: object) -> dict[str, int]:
+        result = subprocess.run(
+            [sys.executable, "-c", _STEP, json.dumps(options)],
+            env={**os.environ, **enabled, "TORCHINDUCTOR_CACHE_DIR": str(folder)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cold(step) -> dict[str, int]:
+    return step()
+
+
+def test_the_second_process_compiles_nothing(step, cold: dict[str, int]) -> None:
+    assert cold["autograd_cache_miss"] == 1 and cold["autograd_cache_saved"] == 1 and cold["fxgraph_cache_miss"] == 2
+    warm = step()
+    assert warm["autograd_cache_hit"] == 1 and "autograd_cache_bypass" not in {**cold, **warm}
+    assert warm["fxgraph_cache_hit"] == 2 and "fxgraph_cache_miss" not in warm
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": 0}, {"disable": ["rms_norm"]}], ids=["budget", "passes"])
+def test_other_options_find_nothing(step, cold: dict[str, int], options: dict) -> None:
+    other = step(**options)
+    assert other["autograd_cache_miss"] == 1 and "autograd_cache_hit" not in other
+
+
+def test_a_kernel_that_is_switched_off_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = InlineReferences().uuid()
+    monkeypatch.setattr(swiglu, "disabled", "deliberate")
+    assert InlineReferences().uuid() != before
