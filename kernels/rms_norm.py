@@ -101,7 +101,7 @@ def _add_reference(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, T
 
 
 def _add_reference_backward(grad_total: Tensor, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    return _reference_backward(grad_y, *others, grad_total)
+    return _reference_backward(grad_y, *others, grad_total=grad_total)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def _add_forward(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Ten
 
 
 def _add_backward(grad_total: Tensor, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    return _backward(grad_y, *others, grad_total)
+    return _backward(grad_y, *others, grad_total=grad_total)
 
 
 # -- the operators -----------------------------------------------------------------------------------------------------

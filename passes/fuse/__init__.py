@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite import Recogniser
-from . import lora_linears
+from . import add_rms_norm, lora_linears
 
-FUSIONS: tuple[Recogniser, ...] = (lora_linears.FUSION,)
+FUSIONS: tuple[Recogniser, ...] = (add_rms_norm.FUSION, lora_linears.FUSION)
 """All of them, in this order; they read graphs in which the operators have been recognised."""

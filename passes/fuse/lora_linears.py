@@ -15,6 +15,7 @@ from torch import fx
 
 from ...kernels.lora_linear import lora_linear
 from ...kernels.lora_linears import LORA_LINEARS
+from ..reach import outputs_reached
 from ..rewrite import Call, Match, Miss, value
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ class LoraLinears:
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
         sharing: dict[tuple[fx.Node, torch.dtype, int], list[fx.Node]] = {}
-        leads_to = _results(graph)
+        leads_to = outputs_reached(graph)
         for node in graph.nodes:
             if node.target is lora_linear.overload and node.args[1] is None and not _xa_is_used(node):
                 x = node.args[0]
@@ -39,19 +40,6 @@ class LoraLinears:
                 count = min(len(sites), MOST) if len(sites) != MOST + 1 else 2
                 yield _match(sites[:count])
                 sites = sites[count:]
-
-
-def _results(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For every node the set of the graph's results that are computed from it, as bits."""
-    found: dict[fx.Node, int] = dict.fromkeys(graph.nodes, 0)
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    for i, result in enumerate(output.all_input_nodes):
-        found[result] |= 1 << i
-    for node in reversed(graph.nodes):
-        for read in node.all_input_nodes:
-            if node is not output:
-                found[read] |= found[node]
-    return found
 
 
 def _origin(x: object) -> fx.Node:

@@ -15,6 +15,7 @@ from torch import fx
 
 from ...kernels.rope import rope, rope_of_one
 from ..pattern import Found, Pattern, capture, cast, function, number, widened
+from ..reach import outputs_reached
 from ..rewrite import Call, Match, Miss, module_path, value
 from ..search import search
 from ..soundness import same_sizes
@@ -93,13 +94,14 @@ class Rope:
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
         hearts = frozenset({aten.neg.default, aten.view_as_complex.default, aten.sub.Tensor})
         order = {node: i for i, node in enumerate(graph.nodes)}
+        reached = outputs_reached(graph)
         waiting: dict[Hashable, tuple[fx.Node, Found]] = {}
         found: list[Match] = []
         for result in search(graph, ROPE, heart=hearts, close=4):
             if isinstance(result, Miss):
                 yield result
                 continue
-            key = module_path(result[0]), *(_identity(a) for a in _shared(*result))
+            key = module_path(result[0]), reached[result[0]], *(_identity(a) for a in _shared(*result))
             if key in waiting and _may_wait(waiting[key][0], result[1]["x"], order):
                 found.append(_pair(waiting.pop(key), result))
             else:

@@ -29,6 +29,7 @@ def batch() -> dict[str, Any]:
 def test_explain_counts_every_operator() -> None:
     explanation = explain(presets.build("tiny-llama"), batch())
     found = {"rms_norm": (5, 5), "rope": (2, 2), "glu": (2, 2), "attention": (2, 2), "linear_cross_entropy": (0, 1)}
+    found["add_rms_norm"] = (3, 3)
     assert explanation.counts == {"nf4": (0, 0), "lora_linear": (0, 0), **found}
     text = str(explanation)
     assert 'the logits are returned as well; options={"logits": "drop"} leaves them out' in text

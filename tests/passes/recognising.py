@@ -40,12 +40,16 @@ def assert_rewrites(
     count: int = 1,
     dynamic: bool = False,
     tolerance: float = 1e-5,
+    after: Sequence[Recogniser] = (),
 ) -> None:
-    """The function becomes ``count`` operators, behind all soundness checks, with eager's results and gradients."""
+    """The function becomes ``count`` operators, behind all soundness checks, with eager's results and gradients.
+
+    ``after`` are passes that run first.
+    """
     seen: list[str] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
-        result, (report,) = run_passes(retrace(gm), [recogniser], strict=True)
+        result, (*_, report) = run_passes(retrace(gm), [*after, recogniser], strict=True)
         assert len(report.rewritten) == count and not report.missed, report
         assert variant is None or {s.detail for s in report.rewritten} == {variant}, report
         seen.extend(targets(result))

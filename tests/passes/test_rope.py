@@ -207,7 +207,7 @@ def test_rewrites_bfloat16(function) -> None:
 
 
 def test_arguments() -> None:
-    (match,) = find(RECOGNISER, both, *inputs(torch.float32))
+    (match,) = find(RECOGNISER, attended(both), *inputs(torch.float32))
     assert isinstance(match, Match)
     assert [str(a.target) for a in match.args[:2]] == ["L_q_", "L_k_"]
     assert [str(a.args[0].target) for a in match.args[2:4]] == ["L_cos_", "L_sin_"]
@@ -224,7 +224,7 @@ def test_tables_in_float32_over_bfloat16_heads() -> None:
     q, k, _, _ = inputs(torch.bfloat16)
     _, _, cos, sin = inputs(torch.float32)
     assert_rewrites(RECOGNISER, attended(rounded), q, k, cos, sin, to="rope", tolerance=2e-2)
-    (match,) = find(RECOGNISER, rounded, q, k, cos, sin)
+    (match,) = find(RECOGNISER, attended(rounded), q, k, cos, sin)
     assert isinstance(match, Match) and match.args[-1] is True  # rounded once, to the heads' own dtype
 
 
@@ -233,12 +233,12 @@ def test_a_rounding_of_float32_heads_is_not_the_rotations() -> None:
         rotated_q, rotated_k = both(q, k, cos, sin)
         return rotated_q.bfloat16(), rotated_k.bfloat16()
 
-    (match,) = find(RECOGNISER, rounded, *inputs(torch.float32))
+    (match,) = find(RECOGNISER, attended(rounded), *inputs(torch.float32))
     assert isinstance(match, Match) and match.anchor.meta["val"].dtype == torch.float32
 
 
 def test_repeated_tables_are_read_before_they_are_repeated() -> None:
-    (match,) = find(RECOGNISER, by_pairs_with_repeated_tables, *inputs(torch.bfloat16))
+    (match,) = find(RECOGNISER, attended(by_pairs_with_repeated_tables), *inputs(torch.bfloat16))
     assert isinstance(match, Match) and [a.meta["val"].shape[-1] for a in match.args[2:4]] == [4, 4]
     assert match.args[4:] == (True, True, False)
 
@@ -299,7 +299,7 @@ def test_under_autocast_types_come_from_the_values() -> None:
     q, k, _, _ = inputs(torch.float32)
     _, _, cos, sin = inputs(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        (match,) = find(RECOGNISER, project, q, k, cos, sin)
+        (match,) = find(RECOGNISER, attended(project), q, k, cos, sin)
     assert isinstance(match, Match) and match.args[0].meta["val"].dtype == torch.bfloat16
 
 
@@ -326,6 +326,11 @@ def test_a_result_that_is_used_before_its_partner_can_be_computed() -> None:
         return rotated_q, rotate(k + rotated_q.mean(1, keepdim=True), cos, sin)
 
     assert_rewrites(RECOGNISER, one_by_one, *inputs(torch.float32), to="rope_of_one", count=2)
+
+
+def test_rotations_that_end_in_different_outputs_are_no_pair() -> None:
+    """One operator would let each output depend on both inputs."""
+    assert_rewrites(RECOGNISER, both, *inputs(torch.float32), to="rope_of_one", count=2)
 
 
 def test_different_tables_are_no_pair() -> None:
