@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 
 from ..passes.memory.partition import Partitioner
 from .inline import InlineReferences
@@ -26,6 +27,7 @@ def lower(
         return graph.forward
     from torch._inductor.compile_fx import compile_fx
 
+    _name_constants(graph)
     report.partitioner = Partitioner(options.memory_budget, strict=options.strict)
     patches = {
         **_mode(mode),
@@ -35,6 +37,18 @@ def lower(
         "emulate_precision_casts": True,
     }
     return compile_fx(graph, list(example_inputs), config_patches=patches)
+
+
+def _name_constants(graph: fx.GraphModule) -> None:
+    """Say where tensors come from that the retrace found in the model's source (Falcon's ``torch.tensor(0.0)``).
+
+    AOTAutograd asks it of everything that a graph from Dynamo holds; Dynamo itself would have made them inputs.
+    """
+    if (sources := getattr(graph, "_param_name_to_source", None)) is None:
+        return
+    held = [name for name, _ in (*graph.named_parameters(), *graph.named_buffers())]
+    made: Any = {name: ConstantSource(name) for name in held if name not in sources}
+    graph._param_name_to_source = {**sources, **made}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lower_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Any:

@@ -144,7 +144,8 @@ def apply(
             for node, index in match.outputs.items()
         }
     for old, replacement in outputs.items():
-        old.replace_all_uses_with(replacement)
+        # Not in what dies with it: the operator may stand after parts of the formula.
+        old.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in match.interior)
     return outputs
 
 
