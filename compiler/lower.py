@@ -48,7 +48,7 @@ def _name_constants(graph: fx.GraphModule) -> None:
         return
     held = [name for name, _ in (*graph.named_parameters(), *graph.named_buffers())]
     made: Any = {name: ConstantSource(name) for name in held if name not in sources}
-    graph._param_name_to_source = {**sources, **made}  # pyright: ignore[reportAttributeAccessIssue]
+    vars(graph)["_param_name_to_source"] = {**sources, **made}
 
 
 def lower_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Any:
