@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SYSTEMS = ("ours", "inductor", "hf", "trl", "liger", "unsloth")
+SYSTEMS = ("ours", "recorded", "inductor", "hf", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
 WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
 """Arguments of the command line that make two rows of one system different measurements, beside its options."""
@@ -39,7 +39,7 @@ def parse_system(name: str) -> tuple[str, dict[str, Any]]:
     system, *settings = name.split(":")
     if system not in SYSTEMS:
         raise ValueError(f"unknown system {system!r}; systems are {', '.join(SYSTEMS)}")
-    if settings and system != "ours":
+    if settings and system not in ("ours", "recorded"):
         raise ValueError(f"{system} takes no options, {name!r} has some")
     options: dict[str, Any] = {}
     for setting in settings:

@@ -53,6 +53,7 @@ class Workload:
 
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
+"""The loss of a batch. Where backward has run already, it has no gradient."""
 
 
 # -- systems: each returns the model that owns the parameters, and how to get a loss from it --------------------------
@@ -110,6 +111,30 @@ def ours(work: Workload) -> tuple[nn.Module, Forward]:
     model = _plain(work)
     run = torch.compile(model, backend="unsloth", options=work.options)
     return model, lambda batch: run(**batch).loss
+
+
+def recorded(work: Workload) -> tuple[nn.Module, Forward]:
+    """This project's step as its trainer runs it: recorded as a CUDA graph."""
+    from unsloth.compiler.run import guards_of
+    from unsloth.runtime.recorded import Recorder
+
+    def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        return model(**batch).loss
+
+    model = _plain(work)
+    run, recorder = torch.compile(loss_of, backend="unsloth", options=work.options), Recorder(model)
+    last: list[dict[str, Any]] = []
+
+    def step(batch: dict[str, Any]) -> tuple[torch.Tensor]:
+        last[:] = [batch]
+        loss = run(model, batch)
+        loss.backward()
+        return (loss.detach(),)
+
+    def forward(batch: dict[str, Any]) -> torch.Tensor:
+        return recorder.run(step, batch, lambda: guards_of(loss_of, {"model": model, "batch": last[0]}))[0]
+
+    return model, forward
 
 
 def trl(work: Workload) -> tuple[nn.Module, Forward]:
@@ -183,7 +208,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-SYSTEMS = {f.__name__: f for f in (ours, inductor, hf, trl, liger, unsloth)}
+SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, trl, liger, unsloth)}
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
@@ -210,7 +235,8 @@ def measure(work: Workload) -> dict[str, Any]:
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast(work.device, dtype=torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = forward(batch)
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         optimiser.step()
         return loss.detach()
 
@@ -223,9 +249,11 @@ def measure(work: Workload) -> dict[str, Any]:
         first -= turns.stopped(started, started + first)
     seconds, launching = [], []
     with turns.alone() if turns is not None else contextlib.nullcontext():
-        losses += [float(step()) for _ in range(work.warmup)]
-        wait()
         if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        losses += [float(step()) for _ in range(max(work.warmup, 5 if work.system == "recorded" else 0))]
+        wait()
+        if cuda and work.system != "recorded":  # whose memory is laid out once, while it warms up
             torch.cuda.reset_peak_memory_stats()
         for _ in range(work.steps):
             started = time.perf_counter()

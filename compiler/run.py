@@ -33,6 +33,24 @@ def compiled(
     return torch.compile(model, backend=backend)
 
 
+def guards_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], bool] | None:
+    """What Dynamo asks before it runs the code that it has compiled for a function called with these arguments.
+
+    Args:
+        function: as written, not as compiled.
+        arguments: all of them by name, those left out included. They are kept alive.
+
+    Returns:
+        a function that says whether the same code would run with them now; None where no compiled code fits.
+    """
+    try:
+        entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__)  # type: ignore[attr-defined]
+        found = next((e.guard_manager for e in entries if e.guard_manager.check(dict(arguments))), None)
+    except (AttributeError, TypeError):  # private: a later PyTorch may keep it elsewhere
+        return None
+    return None if found is None else lambda: bool(found.check(dict(arguments)))
+
+
 def loss_of(model: Any, batch: Any) -> Tensor:
     """Run the model and return its scalar loss.
 

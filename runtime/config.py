@@ -89,6 +89,9 @@ class TrainConfig(BaseModel):
     seed: int = Field(3407, ge=0, description="Of the adapters' start and the order of the data.")
 
     compile: bool = Field(True, description="Run the step through the backend; false runs it eagerly.")
+    cuda_graphs: bool = Field(
+        True, description="Record steps whose batches have one shape, and replay them; false launches every step."
+    )
     options: dict[str, Any] = Field({}, description='The backend\'s options, such as {memory_budget: "20GiB"}.')
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -37,7 +37,12 @@ class SmallerBatches:
         self.parts = 1
 
     def run(
-        self, run: Run, batch: dict[str, Any], items: Any, start_again: Callable[[], Iterable[dict[str, Any]]]
+        self,
+        run: Run,
+        batch: dict[str, Any],
+        items: Any,
+        start_again: Callable[[], Iterable[dict[str, Any]]],
+        spare: Callable[[], bool] = lambda: False,
     ) -> Tensor:
         """Forward and backward of one micro-batch.
 
@@ -47,6 +52,7 @@ class SmallerBatches:
             items: the loss's divisor; None for the number of trained tokens in this micro-batch.
             start_again: called when memory was short: forgets what this accumulated step has done so far, its gradient
                 included, since backward may have stopped anywhere, and gives the micro-batches before this one.
+            spare: asked first: frees memory that the run can do without, and says whether there was any.
 
         Raises:
             TrainingError: when there is not enough memory after three halvings, or for one row.
@@ -63,7 +69,8 @@ class SmallerBatches:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._halve(batch, reason)
+            if not spare():
+                self._halve(batch, reason)
             again = start_again()
 
     def _in_parts(self, run: Run, batch: dict[str, Any], items: Any) -> Tensor:

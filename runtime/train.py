@@ -133,6 +133,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         options=config.options,
         embedding_learning_rate=config.embedding_learning_rate,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
+        cuda_graphs=config.cuda_graphs,
     )
     prepared: Any = trainer.train_dataset
     if len(prepared) == len(data[0].rows) and not trainer.args.packing and not trainer.args.shuffle_dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,9 +27,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
-from ..compiler.run import compiled
+from ..compiler.run import compiled, guards_of
 from .learning_rates import set_learning_rates
 from .pace import Pace
+from .recorded import Guards, Recorder
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
 
@@ -124,6 +125,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     which recomputes when keeping does not fit. ``embedding_learning_rate`` and ``loraplus_lr_ratio`` are those of
     :func:`~unsloth.runtime.learning_rates.set_learning_rates`. Losses other than TRL's default (``loss_type="dft"``,
     label smoothing, ``compute_loss_func``) run as TRL runs them, not compiled.
+    ``cuda_graphs``: record steps whose batches have one shape, and replay them (one process, one CUDA device).
 
     Attributes:
         truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
@@ -142,6 +144,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         options: Mapping[str, Any] | None = None,
         embedding_learning_rate: float | None = None,
         loraplus_lr_ratio: float | None = None,
+        cuda_graphs: bool = True,
         **others: Any,
     ) -> None:
         self._rates = {"embedding": embedding_learning_rate, "loraplus_ratio": loraplus_lr_ratio}
@@ -157,6 +160,8 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
         self._smaller = SmallerBatches()
+        self._recorder = Recorder(self.model, enabled=cuda_graphs and compile and self._runs_on_one_gpu())
+        self._breaks = _graph_breaks()
         self._done, self._share = 0, 1.0  # micro-batches of this step, and how much of one its running part is
         self._seen: list[tuple[StepOutput, Any]] = []  # parts of a micro-batch, with their real (not padding) tokens
         self._reports: list[GraphReport] = []
@@ -230,6 +235,9 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
                 if isinstance(value, Tensor) and value.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
         run = self._step if self.model.training else self._evaluation
+        if self._recorder.recording:
+            names = ("model", "inputs", "labels", "num_items", "balance_weight")
+            self._arguments = dict(zip(names, (model, rest, labels, divisor, weight), strict=True))
         step = _outside_of_ddp(run, model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
@@ -267,14 +275,47 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share
-                return step(model, part, items)
+                return self._recorded(step, model, part, items)
 
-            loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again)
+            loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again, self._spare)
         else:
             loss = step(model, inputs, num_items_in_batch)
         self._done += 1
         self.pace.after_step(self._record(), started if len(self._reports) > graphs else None)
         return loss
+
+    def _recorded(self, step: Callable[..., Tensor], model: Any, part: dict[str, Any], items: Any) -> Tensor:
+        """A micro-batch, or part of one, by the recorder. What it adds to the metrics is an output like the loss."""
+        model.train()  # in here and not only in the step, since the guards ask for it
+        accumulated = self.current_gradient_accumulation_steps
+
+        def forward_backward(inputs: dict[str, Any]) -> tuple[Any, ...]:
+            divisor = inputs.pop("num_items_in_batch")
+            loss = step(model, inputs, divisor)
+            output, tokens = self._seen.pop()
+            return loss, *(value.detach() for value in output), tokens
+
+        loss, *output, tokens = self._recorder.run(
+            forward_backward,
+            {**self._prepare_inputs(part), "num_items_in_batch": items},
+            self._guards,
+            (self._share, accumulated),
+            alone=accumulated == 1 and self._smaller.parts == 1,
+        )
+        self._seen.append((StepOutput(*output), tokens))
+        return loss
+
+    def _guards(self) -> Guards | None:
+        """Those of the step that has just run, if it is one graph: the rest of one in pieces has guards of its own."""
+        return guards_of(causal_lm_step, self._arguments) if _graph_breaks() == self._breaks else None
+
+    def _runs_on_one_gpu(self) -> bool:
+        scaled = getattr(self.accelerator, "scaler", None) is not None  # looks at each gradient on the host
+        return self.args.device.type == "cuda" and self.args.world_size == 1 and self.args.n_gpu == 1 and not scaled
+
+    def _spare(self) -> bool:
+        """What memory can be had for the sake of speed alone."""
+        return self._recorder.stop("memory was short")
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
@@ -288,6 +329,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._recorder.forget()  # its memory serves evaluation; steps after it are recorded again
         with self.pace.paused():
             return super().evaluate(*args, **kwargs)
 
@@ -345,6 +387,10 @@ class WithoutIdleMask:
         if isinstance(mask, Tensor) and not mask.is_cuda and bool(mask.all()):
             del batch["attention_mask"]  # pyright: ignore[reportIndexIssue]
         return batch
+
+
+def _graph_breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def _one_length(dataset: Any) -> bool:
