@@ -90,7 +90,7 @@ class Recorder:
         """
         if self.reason is not None:
             return step(dict(inputs))
-        signature = (key, *((name, _described(value)) for name, value in inputs.items()))
+        signature = (key, *_described(inputs))
         recording = self._recordings.get(signature)
         if recording is not None and not (recording.places == self._places() and recording.guards()):
             del self._recordings[signature]  # the model has changed: launched again, and recorded as it is now
@@ -131,7 +131,8 @@ class Recorder:
         return tuple((t.data_ptr(), t.requires_grad) for t in _state(self.model))
 
     def _record(self, step: Step, inputs: Mapping[str, Any], guards: Callable[[], Guards | None]) -> _Recording | None:
-        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        copies = {id(value): value.clone() for value in inputs.values() if isinstance(value, Tensor)}
+        own = {name: copies.get(id(value), value) for name, value in inputs.items()}  # one tensor stays one
         before = {p: p.grad for p in self.model.parameters() if p.requires_grad}
         for parameter in before:
             parameter.grad = None
@@ -142,7 +143,10 @@ class Recorder:
         self.recording = True
         try:
             # Threads that load data go on pinning memory meanwhile, which the stricter modes forbid.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                torch.compiler.set_stance("fail_on_recompile"),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 outputs = step(dict(own))
             gradients = {p: p.grad for p in before if p.grad is not None}
             holds = guards()
@@ -183,5 +187,11 @@ def _state(model: nn.Module) -> Iterable[Tensor]:
     yield from model.buffers()
 
 
-def _described(value: Any) -> Hashable:
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value
+def _described(inputs: Mapping[str, Any]) -> Iterable[Hashable]:
+    """What has to be the same for a replay: everything about the inputs but the numbers in tensors."""
+    first: dict[int, str] = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            yield name, value.shape, value.dtype, value.device, first.setdefault(id(value), name)
+        else:
+            yield name, value

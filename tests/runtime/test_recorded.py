@@ -199,6 +199,27 @@ def test_large_gradients_are_not_there_twice(product: Product, monkeypatch: pyte
     assert product.recorder.replayed == 2
 
 
+def test_one_tensor_under_two_names_stays_one(product: Product) -> None:
+    """Dynamo guards on it, and would compile anew for two."""
+    same: list[bool] = []
+
+    def step(inputs: dict[str, Any]) -> tuple[Any, ...]:
+        same.append(inputs["input_ids"] is inputs["labels"])
+        if Graph.recording is not None:
+            Graph.recording.again = lambda: None
+        return ()
+
+    def run(one: Tensor, other: Tensor) -> None:
+        product.recorder.run(step, {"input_ids": one, "labels": other}, lambda: lambda: True)
+
+    one, other = torch.ones(2), torch.ones(2)
+    for _ in range(LAUNCHES + 2):
+        run(one, one)
+    assert same == [True] * (LAUNCHES + 1)
+    run(one, other)
+    assert not same[-1]
+
+
 # -- guards ------------------------------------------------------------------------------------------------------------
 
 
