@@ -34,13 +34,33 @@ Guards = Callable[[], bool]
 """Whether the compiled step would run as it ran when it was recorded."""
 
 
+class _State:
+    """Where a model's parameters and buffers are. Asked at each replay: a walk over modules would take milliseconds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = [
+            (held, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+            for module in model.modules()
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None
+        ]
+
+    def is_there(self) -> bool:
+        """Whether all of it is still in the same place, and trained if it was."""
+        return all(
+            held.get(name) is tensor and tensor.data_ptr() == place and tensor.requires_grad == trained
+            for held, name, tensor, place, trained in self._tensors
+        )
+
+
 @dataclass(frozen=True)
 class _Recording:
     graph: Any
     inputs: dict[str, Any]
     outputs: tuple[Any, ...]
     gradients: dict[nn.Parameter, Tensor]
-    places: tuple[tuple[int, bool], ...]
+    state: _State
     guards: Guards
 
 
@@ -92,7 +112,7 @@ class Recorder:
             return step(dict(inputs))
         signature = (key, *_described(inputs))
         recording = self._recordings.get(signature)
-        if recording is not None and not (recording.places == self._places() and recording.guards()):
+        if recording is not None and not (recording.state.is_there() and recording.guards()):
             del self._recordings[signature]  # the model has changed: launched again, and recorded as it is now
             self._launched[signature] = 0
             recording = None
@@ -127,9 +147,6 @@ class Recorder:
         nbytes = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         return nbytes <= GRADIENT_SHARE * torch.cuda.get_device_properties().total_memory
 
-    def _places(self) -> tuple[tuple[int, bool], ...]:
-        return tuple((t.data_ptr(), t.requires_grad) for t in _state(self.model))
-
     def _record(self, step: Step, inputs: Mapping[str, Any], guards: Callable[[], Guards | None]) -> _Recording | None:
         copies = {id(value): value.clone() for value in inputs.values() if isinstance(value, Tensor)}
         own = {name: copies.get(id(value), value) for name, value in inputs.items()}  # one tensor stays one
@@ -153,7 +170,7 @@ class Recorder:
             if holds is None:
                 self.stop("the compiled step has no guards to ask")
                 return None
-            return _Recording(graph, own, outputs, gradients, self._places(), holds)
+            return _Recording(graph, own, outputs, gradients, _State(self.model), holds)
         except RuntimeError as error:
             self.stop(str(error).splitlines()[0])
             logger.warning("steps are launched, not recorded as a CUDA graph: %s", self.reason)
@@ -180,11 +197,6 @@ class Recorder:
                 parameter.grad = gradient if alone else gradient.clone()
         if there:
             torch._foreach_add_([p.grad for p in there], [gradients[p] for p in there])  # type: ignore[arg-type]
-
-
-def _state(model: nn.Module) -> Iterable[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
 
 
 def _described(inputs: Mapping[str, Any]) -> Iterable[Hashable]:

@@ -154,6 +154,8 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         for name in CHECKPOINTING:
             if hasattr(args, name):
                 setattr(args, name, False)
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory  # else each batch waits for the last step
         args.logging_nan_inf_filter = False  # it waits for the device at every batch, and logs what the loss was not
         self.truncated: dict[str, Truncated] = {}
         super().__init__(model=model, args=args, **others)
@@ -236,8 +238,8 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
         run = self._step if self.model.training else self._evaluation
         if self._recorder.recording:
-            names = ("model", "inputs", "labels", "num_items", "balance_weight")
-            self._arguments = dict(zip(names, (model, rest, labels, divisor, weight), strict=True))
+            arguments: dict[str, Any] = {"model": model, "inputs": rest, "labels": labels, "num_items": divisor}
+            self._arguments = {**arguments, "balance_weight": weight}
         step = _outside_of_ddp(run, model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
@@ -286,7 +288,8 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
 
     def _recorded(self, step: Callable[..., Tensor], model: Any, part: dict[str, Any], items: Any) -> Tensor:
         """A micro-batch, or part of one, by the recorder. What it adds to the metrics is an output like the loss."""
-        model.train()  # in here and not only in the step, since the guards ask for it
+        if not model.training:  # the step would do it, and the guards of a recording ask for it
+            model.train()
         accumulated = self.current_gradient_accumulation_steps
 
         def forward_backward(inputs: dict[str, Any]) -> tuple[Any, ...]:
