@@ -109,8 +109,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"{label(row):<36}failed: {row['error'][:90]}")
             continue
         peak = [f"{row[n]:.2f}" if row[n] else "–" for n in ("peak_allocated_gib", "peak_reserved_gib")]
+        ms = row.get("ms_in_a_row", row["ms_median"])  # as older rows have it
         lines.append(
-            f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{row['ms_median']:>9.1f}{peak[0]:>10}{peak[1]:>10}"
+            f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{ms:>9.1f}{peak[0]:>10}{peak[1]:>10}"
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
     return "\n".join(lines)

@@ -37,7 +37,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {label(row)} | failed | | | |")
         else:
             lines.append(
-                f"| {label(row)} | {row['tokens_per_s']:,.0f} | {row['ms_median']:.1f} | "
+                f"| {label(row)} | {row['tokens_per_s']:,.0f} | {row.get('ms_in_a_row', row['ms_median']):.1f} | "
                 f"{row['peak_allocated_gib']:.2f} | {row['first_step_s']:.1f} |"
             )
     return "\n".join(lines)

@@ -23,6 +23,7 @@ class Pace:
         self._started: float | None = None  # of the running stretch; None before the first step and while paused
         self._created = time.perf_counter()
         self._seconds = self._lap_seconds = 0.0
+        self._finished: Any = None  # CUDA event: the device is done with the step before
         self._tokens: Any = 0
         self._lap_tokens: Any = 0
 
@@ -43,9 +44,22 @@ class Pace:
             self._started = time.perf_counter()
         elif compiling_since is not None and self._started is not None:
             _wait_for_device()
-            self._started += time.perf_counter() - compiling_since
+            self._started += self._since(compiling_since)
         else:
             self._tokens, self._lap_tokens = self._tokens + tokens, self._lap_tokens + tokens
+        if torch.cuda.is_available():
+            self._finished = torch.cuda.Event(enable_timing=True)
+            self._finished.record()
+
+    def _since(self, started: float) -> float:
+        """Seconds since a step began to run, which may be later than the host began with it: the device is waited for
+        by nobody, and works on the step before meanwhile."""
+        if self._finished is None:
+            return time.perf_counter() - started
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        return min(self._finished.elapsed_time(now) / 1e3, time.perf_counter() - started)
 
     def lap(self) -> float | None:
         """Tokens per second since the last lap; None before the second step."""
