@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import Counter
@@ -42,6 +43,10 @@ class Joint:
     needed: frozenset[fx.Node]
     wanted: list[fx.Node]
     mutated: frozenset[fx.Node]
+
+    @functools.cached_property
+    def forward_set(self) -> frozenset[fx.Node]:
+        return frozenset(self.forward)
 
 
 def read_joint(
@@ -179,12 +184,12 @@ def is_cheap(node: fx.Node) -> bool:
         written = [v for v in (results if isinstance(results, (tuple, list)) else [results]) if isinstance(v, Tensor)]
         flops = declared.flops(*map(value, operation.args))
         return hint(flops) <= ELEMENTWISE * sum(hint(v.numel()) for v in written)
-    if operation.target.overloadpacket in _MOVERS or torch.Tag.pointwise in operation.target.tags:
+    if operation.target.overloadpacket in MOVERS or torch.Tag.pointwise in operation.target.tags:
         return True
     return unpacks(operation.target)
 
 
-_MOVERS = {
+MOVERS = {
     *(aten._to_copy, aten.clone, aten._unsafe_view, aten.cat, aten.repeat, aten.flip, aten.roll, aten.tril, aten.triu),
     *(aten.embedding, aten.index, aten.index_select, aten.gather, aten.constant_pad_nd, aten.slice_scatter),
     *(aten.select_scatter, aten.full, aten.full_like, aten.arange, aten.scalar_tensor, aten.lift_fresh_copy),
