@@ -133,7 +133,8 @@ class _Program:
     def __init__(self, layer: Layer, joint: Joint, sizes: Sizes) -> None:
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        self._milp, self._bounds, self._constraint = milp, Bounds, LinearConstraint
+        bounds: Any = Bounds  # whose types say numbers, and which takes arrays
+        self._milp, self._bounds, self._constraint = milp, bounds, LinearConstraint
         self.layer, values = layer, layer.values
         place = {n: i for i, n in enumerate(values)}
         makers = list(dict.fromkeys(map(maker, values)))
