@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from ...kernels.operator import NAMESPACE, operator_of
 from ..rewrite import is_random, module_path, value
+from .norms import SPLIT
 from .torch_private import optimization_hint
 
 # An operator of ours with at most this many FLOPs per element that it writes is bound by memory, and running it again
@@ -89,6 +90,14 @@ def layers(joint: Joint) -> dict[fx.Node, tuple[str, int]]:
                 layer[node] = layer[maker(node)]
         elif inherited := [layer[n] for n in node.all_input_nodes if n in layer]:
             layer[node] = inherited[0]
+    for node in joint.forward:
+        if SPLIT in node.meta and node.target is operator.getitem:
+            # The norm after a layer's last sum is the next layer's, so that the sum alone crosses the border.
+            reader = next((u for u in node.users if u in joint.needed), None)
+            for part in (node, maker(node)):
+                layer.pop(part, None)
+                if reader in layer:
+                    layer[part] = layer[reader]
     return layer
 
 

@@ -19,6 +19,7 @@ from . import torch_private
 from .costs import Sizes, ceilings
 from .joint import Joint, read_joint
 from .liveness import Timeline
+from .norms import merge_norms, split_norms
 from .plan import Plan
 from .planner import Planner
 from .schedule import unpack_where_used
@@ -74,6 +75,7 @@ class Partitioner(CustomPartitionerFn):
         self, gm: fx.GraphModule, *, num_fwd_outputs: int, indices: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         torch_private.tidy(gm)
+        split_norms(gm.graph)
         sides = torch_private.sides(gm, indices, num_fwd_outputs)
         mutated = torch_private.inputs_mutated_outside(gm)
         joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
@@ -85,7 +87,7 @@ class Partitioner(CustomPartitionerFn):
         saved = inputs + [n for n in joint.forward if n.name in kept]
         halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, sides.long_lived)
         for half in halves:
-            if unpack_where_used(half.graph):
+            if merge_norms(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         self.last_plan = plan
         return halves

@@ -21,7 +21,7 @@ import numpy as np
 
 from .costs import Sizes
 from .joint import Joint, layers
-from .liveness import Liveness, Timeline
+from .liveness import MOMENTS, Liveness, Timeline
 from .patterns import Layer, Pattern, members, patterns, read_layers
 from .plan import Plan, keep_plan, plan_of, recompute_plan
 
@@ -37,11 +37,14 @@ class Planner:
         gradients: its outputs that backward returns.
         sizes: what values cost, and on which device.
         moments: tensors per trained one that the optimiser holds.
+        fused: whether elementwise operators are fused.
     """
 
-    def __init__(self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, moments: float = 2) -> None:
+    def __init__(
+        self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, moments: float = MOMENTS, fused: bool = True
+    ) -> None:
         self.joint, self.sizes = joint, sizes
-        self.liveness = Liveness(joint, gradients, sizes, moments=moments)
+        self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused)
         self.by_name = {n.name: n for n in joint.forward}
         self.home = layers(joint)
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
