@@ -74,18 +74,14 @@ class Partitioner(CustomPartitionerFn):
     def _partition(
         self, gm: fx.GraphModule, *, num_fwd_outputs: int, indices: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        torch_private.tidy(gm)
-        split_norms(gm.graph)
-        sides = torch_private.sides(gm, indices, num_fwd_outputs)
-        mutated = torch_private.inputs_mutated_outside(gm)
-        joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
-        plan = self.choose(joint, sides.gradients)
+        joint, gradients, long_lived = joint_of(gm, num_fwd_outputs, indices)
+        plan = self.choose(joint, gradients)
         kept = set(plan.kept)
         # Symbolic numbers are saved where they are wanted; the cut drops whatever backward does not read.
         symbols = [n for n in joint.forward if torch_private.is_sym_node(n)]
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
         saved = inputs + [n for n in joint.forward if n.name in kept]
-        halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, sides.long_lived)
+        halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, long_lived)
         for half in halves:
             if merge_norms(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
@@ -105,8 +101,8 @@ class Partitioner(CustomPartitionerFn):
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
         plan, self.last_timeline = found
-        kept = [planner.by_name[name] for name in plan.kept]
-        return replace(plan, words=in_words(planner.layers, kept))
+        kept = {planner.by_name[name] for name in plan.kept}
+        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers)))
 
     def _allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
@@ -137,6 +133,20 @@ class Partitioner(CustomPartitionerFn):
             "last_plan": None,
             "last_timeline": None,
         }  # reports, no part of what the partitioner is
+
+
+def joint_of(gm: fx.GraphModule, num_fwd_outputs: int, indices: list[int] | None) -> tuple[Joint, list[Any], Any]:
+    """Make a joint graph ready to be planned, in place.
+
+    Returns:
+        the graph, its outputs that backward returns, and the inputs that outlive the step.
+    """
+    torch_private.tidy(gm)
+    split_norms(gm.graph)
+    sides = torch_private.sides(gm, indices, num_fwd_outputs)
+    mutated = torch_private.inputs_mutated_outside(gm)
+    joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
+    return joint, sides.gradients, sides.long_lived
 
 
 @functools.cache

@@ -83,7 +83,7 @@ class Planner:
         if step not in self.rungs:
             least, most = self.smallest[0].peak_bytes, self.fastest[0].peak_bytes
             chosen = self._choose(least + (most - least) * step // RUNGS) if step else None
-            found = self.price(self._assembled(chosen)) if chosen else self.smallest
+            found = self.price(self.assembled(chosen)) if chosen else self.smallest
             # What the model of the ladder overlooks shall not make a plan that is larger and slower than the smallest.
             if found[0].seconds > self.smallest[0].seconds:
                 found = self.smallest
@@ -124,21 +124,21 @@ class Planner:
         count = len(self.choices[0])
         inside = np.zeros((len(self.layers), count))
         outside = 0
-        position = {layer.name: i for i, layer in enumerate(self.layers)}
         for rank in range(count):
-            plan = self._assembled([rank] * len(self.layers))
+            plan = self.assembled([rank] * len(self.layers))
             timeline = self.price(plan)[1]
             prefix = np.cumsum([choice[rank].bytes for choice in self.choices])
             totals = np.add(np.add(timeline.kept, timeline.gradients), timeline.working)
-            for total, place in zip(totals, self._places(position), strict=True):
+            for total, place in zip(totals, self.places(), strict=True):
                 if place is None:
                     outside = max(outside, int(total - prefix[-1]))
                 else:
                     inside[place, rank] = max(inside[place, rank], total - prefix[place])
         return inside, outside
 
-    def _places(self, position: dict[tuple[str, int], int]) -> list[int | None]:
+    def places(self) -> list[int | None]:
         """By operator of the last walk the layer it belongs to: its own, that of what it reads, or the one before's."""
+        position = {layer.name: i for i, layer in enumerate(self.layers)}
         places: list[int | None] = []
         last: int | None = None
         for operation in self.liveness.last_walk.operations:
@@ -152,14 +152,24 @@ class Planner:
 
     def _choose(self, limit: int) -> list[int] | None:
         """Each layer's pattern, the fastest together within a limit; None where there are none."""
-        inside, outside = self.needs
-        room = limit - self.liveness.standing.total
-        bucket = max(1, -(-sum(max(p.bytes for p in choice) for choice in self.choices) // BUCKETS))
-        levels = np.arange(BUCKETS + len(self.layers) + 1) * bucket
+        return self.shortest(self.choices, *self.needs, limit - self.liveness.standing.total)
+
+    @staticmethod
+    def shortest(choices: Sequence[Sequence[Pattern]], inside: np.ndarray, outside: int, room: int) -> list[int] | None:
+        """A pattern per layer, so that their seconds are fewest and no moment needs more than ``room`` bytes.
+
+        Args:
+            choices: per layer its patterns.
+            inside: [layer, pattern], bytes in that layer beside those that the layers up to it keep.
+            outside: bytes elsewhere beside all that is kept.
+            room: bytes.
+        """
+        bucket = max(1, -(-sum(max(p.bytes for p in choice) for choice in choices) // BUCKETS))
+        levels = np.arange(BUCKETS + len(choices) + 1) * bucket
         best = np.full(len(levels), np.inf)
         best[0] = 0.0
         taken = []
-        for i, choice in enumerate(self.choices):
+        for i, choice in enumerate(choices):
             after, which = np.full(len(levels), np.inf), np.zeros(len(levels), dtype=int)
             for p, pattern in enumerate(choice):
                 shift = round(pattern.bytes / bucket)
@@ -175,12 +185,12 @@ class Planner:
         if not np.isfinite(best[at]):
             return None
         chosen = []
-        for choice, which in zip(reversed(self.choices), reversed(taken), strict=True):
+        for choice, which in zip(reversed(choices), reversed(taken), strict=True):
             chosen.append(int(which[at]))
             at -= round(choice[chosen[-1]].bytes / bucket)
         return chosen[::-1]
 
-    def _assembled(self, chosen: Sequence[int]) -> Plan:
+    def assembled(self, chosen: Sequence[int]) -> Plan:
         """The plan in which each layer keeps its chosen pattern, and the rest of the model as little as it can."""
         least = [self.by_name[name] for name in self.smallest[0].kept]
         kept = {n for n in least if n not in self.home}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
 from ...kernels.operator import operator_of
 from ..rewrite import module_path
 from .joint import Joint, is_value, maker
-from .liveness import Timeline, root
+from .liveness import Timeline
 from .patterns import Layer
 
 GIB = 1 << 30
@@ -23,46 +23,52 @@ class BudgetError(ValueError):
 
 def gib(size: float) -> str:
     """Bytes as people read them."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def in_words(layers: Sequence[Layer], chosen: Iterable[fx.Node]) -> str:
-    """What the repeated layers keep: ``keep lora_linears_2 (mlp) in 12 of 32 layers (20–31)``."""
-    kept = {root(n) for n in chosen}
+def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:
+    """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
+
+    Args:
+        kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
+    """
     homes: dict[str, list[int]] = defaultdict(list)
-    seen: dict[str, int] = {}
-    for i, layer in enumerate(layers):
-        for position in sorted(layer.most):
-            value = layer.values[position]
-            label = _label(value, layer)
-            seen[label] = seen.get(label, 0) + 1
-            if value in kept:
-                homes[label].append(i)
+    where: dict[str, list[int]] = defaultdict(list)
+    for i, (layer, chosen) in enumerate(zip(layers, kept, strict=True)):
+        for label in dict.fromkeys(_label(layer.values[p], layer) for p in sorted(layer.most - layer.must)):
+            homes[label].append(i)
+        for label in dict.fromkeys(_label(n, layer) for n in layer.values if n in chosen):
+            where[label].append(i)
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for label in seen:
-        groups[tuple(dict.fromkeys(homes[label]))].append(label)
+    for label, there in homes.items():
+        if 2 * len(there) >= len(layers):
+            groups[tuple(i for i in where[label] if i in there)].append(label)
+    count = len(layers)
+    full = [g for g in groups if len(g) >= count - 1]
     parts = []
-    for where, labels in sorted(groups.items(), key=lambda item: -len(item[0])):
+    for group, labels in sorted(groups.items(), key=lambda item: -len(item[0])):
+        if group in full:
+            continue
         names = ", ".join(labels)
-        if len(where) == len(layers):
-            parts.append(f"keep {names} in all {len(layers)} layers")
-        elif where:
-            parts.append(f"keep {names} in {len(where)} of {len(layers)} layers ({_spans(where)})")
-        else:
-            parts.append(f"compute {names} again")
-    return "; ".join(parts)
+        told = f"kept in {len(group)} of {count} layers ({_spans(group)})" if group else "computed again in every layer"
+        parts.append(f"{names} {told}")
+    if not count or not groups:
+        return ""
+    if not parts:
+        return f"all {count} layers keep everything that backward wants"
+    return "; ".join([*parts, *(["all else kept"] if full else ["layers keep their inputs"])])
 
 
 def _label(value: fx.Node, layer: Layer) -> str:
-    """``mlp: swiglu``, ``self_attn: rope.q``: the place within the layer and the operator's output."""
+    """``mlp.gate_proj.y1``: the place within the layer, and which of an operator's outputs."""
     operation = maker(value)
-    path = module_path(operation)
-    inside = re.sub(r".*?\.?\b\d+(?:\.|$)", "", path, count=1)
+    inside = re.sub(r".*?\.?\b\d+(?:\.|$)", "", module_path(operation), count=1)
     name = str(getattr(operation.target, "_opname", operation.target)).lstrip("_")
     declared = operator_of(operation.target)
-    if value is not operation and declared is not None:
-        name = f"{name}.{declared.outputs[int(str(value.args[1]))]}"
-    return f"{inside}: {name}" if inside else name
+    if declared is not None and value is not operation:
+        output = declared.outputs[int(str(value.args[1]))]
+        return f"{inside}.{output}" if inside else f"{name}.{output}"
+    return inside or name
 
 
 def _spans(numbers: Sequence[int]) -> str:
