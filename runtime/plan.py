@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..compiler.joint import faked, trace
+from ..compiler.joint import TraceError, faked, trace
 from ..compiler.options import Options, parse_bytes
 from ..kernels.nf4 import nf4_dequantize
 from ..models import presets
@@ -194,7 +194,10 @@ class _Question:
         with mode:
             ids = torch.zeros(batch, seq, dtype=torch.long)
             # The loss does not read logits, and a trainer does not either.
-            traced = trace(model, {"input_ids": ids, "labels": ids}, Options(logits="drop"))
+            try:
+                traced = trace(model, {"input_ids": ids, "labels": ids}, Options(logits="drop"))
+            except TraceError as error:
+                raise ModelError(f"{self.name!r} cannot be planned: {error}") from error
         started = time.perf_counter()
         planner = Planner(traced.joint, traced.gradients, Sizes(self.card))
         if len(planner.layers) != self.traced:

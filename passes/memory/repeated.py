@@ -52,6 +52,7 @@ class Deep:
         self.planner, self.like, self.standing = planner, list(like), standing
         self.choices = [planner.choices[i] for i in self.like]
         self.ranks = range(len(planner.choices[0]))
+        self.outside = 0.0  # seconds of what backward runs again of the rest of the model
         self.parts = [self._stretches(rank) for rank in self.ranks]
 
     @property
@@ -101,7 +102,7 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=sum(p.seconds for p in patterns),
+            seconds=sum(p.seconds for p in patterns) + self.outside,
             parts=timeline.parts,
             words=in_words(layers, kept),
         )
@@ -113,7 +114,8 @@ class Deep:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
         planner = self.planner
         count = len(planner.layers)
-        _, timeline = planner.price(planner.assembled([rank] * count))
+        plan, timeline = planner.price(planner.assembled([rank] * count))
+        self.outside = plan.seconds - sum(choice[rank].seconds for choice in planner.choices)
         places = planner.places()
         bytes_of = [choice[rank].bytes for choice in planner.choices]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
