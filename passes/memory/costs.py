@@ -106,6 +106,7 @@ class Sizes:
         self.at = dict(at or {})
         self._evaluated: dict[Any, int] = {}
         self._prices: dict[Any, tuple[float, int]] = {}
+        self._of_node: dict[fx.Node, tuple[float, int]] = {}
 
     def number(self, size: Any) -> int:
         """An integer for a possibly symbolic size."""
@@ -147,6 +148,12 @@ class Sizes:
         return self._price(operation)[1] if operation.op == "call_function" else 0
 
     def _price(self, node: fx.Node) -> tuple[float, int]:
+        if node not in self._of_node:
+            self._of_node[node] = self._price_alike(node)
+        return self._of_node[node]
+
+    def _price_alike(self, node: fx.Node) -> tuple[float, int]:
+        """Layers repeat, and so do their prices."""
         given = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
         leaves, _ = pytree.tree_flatten(given)
         results = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]

@@ -101,6 +101,8 @@ class Partitioner(CustomPartitionerFn):
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
         plan, self.last_timeline = found
+        if plan.policy == "keep":  # which is the common case, and needs no look at the layers
+            return replace(plan, words="everything that backward wants is kept")
         kept = {planner.by_name[name] for name in plan.kept}
         return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers)))
 
