@@ -7,7 +7,6 @@ the one that is asked about.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +50,7 @@ class Ceilings:
 
 _GIB = 1 << 30
 
-# Measured on the card for the first; data sheets (dense, half precision, float32 sums) at the same shares elsewhere.
+# Measured on the H100; elsewhere data sheets (dense, half precision, float32 sums), at the shares that an H100 reaches.
 DEVICES = {
     "H200": Ceilings("H200", 690e12, 4.1e12, 55e9, 141 * 10**9),
     "H100": Ceilings("H100", 690e12, 2.97e12, 55e9, 80 * _GIB),
@@ -63,31 +62,30 @@ DEVICES = {
     "T4": Ceilings("T4", 40e12, 0.27e12, 12e9, 16 * _GIB),
 }
 """By a part of the device's name."""
+MEASURED = ("H100",)
+"""Devices whose row was measured."""
 
 
 def ceilings(name: str | None = None) -> Ceilings:
     """What a device reaches; of the current CUDA device, or of an H100 where there is none.
 
     Args:
-        name: as ``torch.cuda.get_device_name`` has it, or a part of it.
+        name: as ``torch.cuda.get_device_name`` has it, or a part of it; None measures the current device the first time
+            that anyone asks, unless its row of the table was measured.
 
     Returns:
-        the table's row; a device that it does not know is placed by what its driver says of it.
+        the table's row, an H100's for a name that it does not know.
     """
-    if name is None:
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "H100"
-    known = next((row for part, row in DEVICES.items() if part.lower() in name.lower()), None)
-    if known is not None or not torch.cuda.is_available():
-        return known or DEVICES["H100"]
-    return _by_driver()
+    if name is None and torch.cuda.is_available():
+        from .measured import measured_ceilings
+
+        card = torch.cuda.get_device_name()
+        return _row(card) if any(part in card for part in MEASURED) else measured_ceilings(_row(card))
+    return _row(name or "H100")
 
 
-@functools.cache
-def _by_driver() -> Ceilings:
-    """An unknown card, measured against the A100 by its multiprocessors; what it has of memory is known."""
-    card, like = torch.cuda.get_device_properties(torch.cuda.current_device()), DEVICES["A100"]
-    share = card.multi_processor_count / 108
-    return Ceilings(card.name, like.flops * share, like.bandwidth * share, like.link, card.total_memory)
+def _row(name: str) -> Ceilings:
+    return next((row for part, row in DEVICES.items() if part.lower() in name.lower()), DEVICES["H100"])
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{ceilings().name}-{_source_digest()}"
+        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{ceilings()}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {

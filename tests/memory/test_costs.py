@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from unsloth.kernels.attention import attention
 from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
-from unsloth.passes.memory.costs import ATTENTION_EFFICIENCY, DEVICES, LAUNCH_SECONDS, Sizes, ceilings
+from unsloth.passes.memory import measured
+from unsloth.passes.memory.costs import ATTENTION_EFFICIENCY, DEVICES, LAUNCH_SECONDS, Ceilings, Sizes, ceilings
 
 H100 = DEVICES["H100"]
 
@@ -55,6 +58,45 @@ def test_our_operators_declare_their_price_and_workspace() -> None:
     node = nodes(loss, hidden, head, labels)["linear_cross_entropy"]
     chunk = Sizes(H100).workspace(node)
     assert 0.9 * (256 << 20) < chunk < 1.1 * (256 << 20)  # the chunk of logits, never all of them
+
+
+def test_an_unknown_card_is_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    card, runs = SimpleNamespace(total_memory=10 << 30), []
+
+    def measure() -> dict[str, float]:
+        runs.append(1)
+        return {"flops": 123.456e12, "bandwidth": 0.5e12, "link": 20e9}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(measured, "_measure", measure)
+    for _ in range(2):  # the second time as in another process
+        measured.measured_ceilings.cache_clear()
+        assert ceilings() == Ceilings("Abacus 9000", 1.2e14, 0.5e12, 2e10, 10 << 30)
+    assert runs == [1]
+    (path,) = (tmp_path / "unsloth").iterdir()
+    path.write_text("{")  # torn
+    measured.measured_ceilings.cache_clear()
+    assert ceilings().flops == 1.2e14 and len(runs) == 2
+
+    def fail() -> dict[str, float]:
+        raise torch.OutOfMemoryError("full")
+
+    path.unlink()
+    monkeypatch.setattr(measured, "_measure", fail)
+    measured.measured_ceilings.cache_clear()
+    with pytest.warns(UserWarning, match="Abacus 9000 could not be measured and is taken for H100"):
+        assert ceilings().flops == H100.flops
+    measured.measured_ceilings.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_device_reaches_plausible_figures() -> None:
+    found = measured._measure()
+    assert 1e13 < found["flops"] < 1e16 and 1e11 < found["bandwidth"] < 2e13 and 1e9 < found["link"] < 1e12
 
 
 def test_devices_are_found_by_a_part_of_their_name(monkeypatch: pytest.MonkeyPatch) -> None:
