@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
@@ -35,10 +35,11 @@ def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> st
     homes: dict[str, list[int]] = defaultdict(list)
     where: dict[str, list[int]] = defaultdict(list)
     for i, (layer, chosen) in enumerate(zip(layers, kept, strict=True)):
-        for label in dict.fromkeys(_label(layer.values[p], layer) for p in sorted(layer.most - layer.must)):
-            homes[label].append(i)
-        for label in dict.fromkeys(_label(n, layer) for n in layer.values if n in chosen):
-            where[label].append(i)
+        for position, label in _labels(layer).items():
+            if position not in layer.must:
+                homes[label].append(i)
+            if layer.values[position] in chosen:
+                where[label].append(i)
     groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for label, there in homes.items():
         if 2 * len(there) >= len(layers):
@@ -57,6 +58,17 @@ def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> st
     if not parts:
         return f"all {count} layers keep everything that backward wants"
     return "; ".join([*parts, *(["all else kept"] if full else ["layers keep their inputs"])])
+
+
+def _labels(layer: Layer) -> dict[int, str]:
+    """A name for each value that a plan may keep, by its position; the second of one name has a number."""
+    seen: Counter[str] = Counter()
+    labels = {}
+    for position in sorted(layer.most):
+        label = _label(layer.values[position], layer)
+        seen[label] += 1
+        labels[position] = label if seen[label] == 1 else f"{label} {seen[label]}"
+    return labels
 
 
 def _label(value: fx.Node, layer: Layer) -> str:
