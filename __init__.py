@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
     from .models.fast import FastLanguageModel
+    from .runtime.plan import MemoryPlan, plan
     from .runtime.preferences import DPOTrainer, ORPOTrainer
     from .runtime.trainer import SFTTrainer
 
@@ -21,10 +22,12 @@ __all__ = [
     "DPOTrainer",
     "Explanation",
     "FastLanguageModel",
+    "MemoryPlan",
     "ORPOTrainer",
     "SFTTrainer",
     "Verification",
     "explain",
+    "plan",
     "verify",
 ]
 
@@ -33,6 +36,8 @@ _HOMES = {
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
     "FastLanguageModel": ".models.fast",
+    "MemoryPlan": ".runtime.plan",
+    "plan": ".runtime.plan",
     "DPOTrainer": ".runtime.preferences",
     "ORPOTrainer": ".runtime.preferences",
     "SFTTrainer": ".runtime.trainer",

@@ -115,6 +115,15 @@ def _compile(
     return _Step(compiled, _operators(graph), gaps)
 
 
+def rewritten(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """Dynamo's graph with our operators in it, for those who ask what a step would need."""
+    graph = retrace(gm, check=False)
+    if options.logits == "drop" and (indices := find_logits(graph)):
+        drop_outputs(graph, indices)
+    recognisers = all_recognisers(right_padded=options.padding == "right")
+    return run_passes(graph, recognisers, disable=options.disable, strict=options.strict)[0]
+
+
 class _Step:
     """A compiled graph as Dynamo calls it: puts dropped outputs back, and notices kernels that failed."""
 

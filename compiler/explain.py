@@ -83,6 +83,12 @@ class Explanation:
         return [p for p in self.coverage.left if p.family in _WORDS and (p.family, p.module) not in told]
 
     @property
+    def plans(self) -> list[Any]:
+        """The memory plan of each graph that was differentiated and planned in this process."""
+        found = (getattr(g.partitioner, "last_plan", None) for g in self.graphs)
+        return [plan for plan in found if plan is not None]
+
+    @property
     def masks(self) -> list[MaskUse]:
         """The masks of all attentions."""
         taken = Counter(s.detail for s in self.rewritten if s.operator == "attention")
@@ -139,6 +145,7 @@ class Explanation:
                 {"family": family, "source_line": line, "modules": [p.module for p in places]}
                 for (family, line), places in _alike(self.unexplained).items()
             ],
+            "memory": [str(plan) for plan in self.plans],
             "masks": [asdict(m) for m in self.masks],
             "troubles": self.troubles,
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
@@ -219,6 +226,9 @@ def _lines(e: Explanation) -> list[str]:
     for graph in e.graphs:
         if graph.dropped_outputs:
             lines.append(f"{'logits':<12}not kept (options: logits=drop)")
+        if (plan := getattr(graph.partitioner, "last_plan", None)) is not None:
+            told = str(plan).splitlines()
+            lines += [f"{'memory':<12}{told[0]}", *(f"{'':<12}{line}" for line in told[1:])]
         if graph.fallback:
             lines.append(f"{'fallback':<12}{graph.fallback}")
         lines += [f"{'failed':<12}pass {p.name}: {p.error}" for p in graph.passes if p.error]

@@ -8,7 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+import torch
+
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"tib": 2**40, "tb": 10**12}
+_SPELT = {"b": "B", "kib": "KiB", "mib": "MiB", "gib": "GiB", "kb": "KB", "mb": "MB", "gb": "GB"}
+_SPELT |= {"tib": "TiB", "tb": "TB"}
 
 
 class OptionError(ValueError):
@@ -20,8 +25,9 @@ class Options:
     """Options of ``torch.compile(model, backend="unsloth", options={...})``.
 
     Attributes:
-        memory_budget: peak bytes that the step may use, as a number of bytes or a string ("24GiB", "80GB"); 0 asks
-            for as little as possible; None means what the device has free.
+        memory_budget: peak bytes that the step may use, weights and optimiser included: a number of bytes, a string
+            ("24GiB", "80GB"), or a share of the device's memory (0.8, "80%"); 0 asks for as little as possible; None
+            means what the device has free.
         disable: names of passes to leave out ("rms_norm", "attention"; ``unsloth.explain`` lists them).
         strict: raise where the backend would otherwise warn and go on with what is left.
         lowering: "inductor", or "eager": run the rewritten graph under eager autograd (debugging, fast tests).
@@ -67,21 +73,41 @@ class Options:
         return cls(**{name: checks[name](value) for name, value in given.items()})
 
 
-def parse_bytes(value: int | str | None) -> int | None:
-    """Bytes from a number or a string with a unit: ``"24GiB"`` is 24·2³⁰, ``"24GB"`` 24·10⁹.
+def parse_bytes(value: int | float | str | None) -> int | None:
+    """Bytes from a number, a size with a unit, or a share of the current device's memory.
+
+    ``"24GiB"`` is 24·2³⁰, ``"24GB"`` 24·10⁹; ``0.8``, ``"0.8"`` and ``"80%"`` are shares, which need a CUDA device.
 
     Raises:
-        OptionError: for anything else, negative sizes included.
+        OptionError: for anything else, negative sizes included, with the closest unit where one is misspelt.
     """
     if value is None:
         return None
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)):
-        number, unit = found.groups()
-        if unit.lower() in _UNITS:
-            return int(float(number) * _UNITS[unit.lower()])
-    raise OptionError(f"memory_budget {value!r} is not a size: give bytes, or a string such as '24GiB' or '80GB'")
+    if isinstance(value, float):
+        value = str(value)
+    if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", value)):
+        number, unit = float(found[1]), found[2].lower()
+        if unit == "%" or (not unit and "." in found[1]):
+            return _share(number / 100 if unit else number, value)
+        if unit in _UNITS:
+            return int(number * _UNITS[unit])
+        close = difflib.get_close_matches(unit, [u for u in _UNITS if u], n=1, cutoff=0.5)
+        meant = f", did you mean {found[1]} {_SPELT[close[0]]}?" if close else ""
+        raise OptionError(f"memory_budget {value!r} has an unknown unit{meant}; units are {', '.join(_SPELT.values())}")
+    raise OptionError(
+        f"memory_budget {value!r} is not a size: give bytes, a string such as '24GiB' or '80GB', "
+        "or a share of the device's memory such as 0.8"
+    )
+
+
+def _share(share: float, given: str) -> int:
+    if not 0 < share <= 1:
+        raise OptionError(f"memory_budget {given!r} is no share between 0 and 1; a size needs a unit, such as '24GiB'")
+    if not torch.cuda.is_available():
+        raise OptionError(f"memory_budget {given!r} is a share of the device's memory, and there is no CUDA device")
+    return int(share * torch.cuda.mem_get_info()[1])
 
 
 def _names(value: Any, known: list[str]) -> tuple[str, ...]:

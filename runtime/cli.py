@@ -1,7 +1,7 @@
-"""The command line: ``unsloth train``, ``explain``, ``verify``, ``env``. It prints what the functions return.
+"""The command line: ``unsloth train``, ``explain``, ``verify``, ``plan``, ``env``. It prints what the functions return.
 
-Exit codes: 0 done; 1 the answer is no (``verify``), or the work failed; 2 the question was wrong; 130 interrupted; 143
-terminated.
+Exit codes: 0 done; 1 the answer is no (``verify``, ``plan``), or the work failed; 2 the question was wrong; 130
+interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -163,6 +163,46 @@ def verify(
         verification = ask(subject, shaped(inputs), options=options)
     _print(verification)
     if not verification.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    model: Model,
+    budget: Annotated[str | None, typer.Option(help="Peak memory of the step, such as 20GiB.")] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of the card instead, of which a part stays free: 24GiB.")
+    ] = None,
+    card: Annotated[str, typer.Option(help="Whose speed is assumed: H100, A100, 4090, …")] = "H100",
+    batch: Batch = 1,
+    seq: Seq = 2048,
+    lora_r: Annotated[int, typer.Option(min=0, help="Rank of the adapters; 0 trains all weights.")] = 16,
+    quantization: Annotated[str, typer.Option(help="nf4 or none: how the frozen weights are held.")] = "none",
+    png: Annotated[Path | None, typer.Option("--png", help="Draw the memory timeline of a step, too.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the numbers as JSON, too.")] = None,
+) -> None:
+    """What a training step needs of memory, and how it fits: from the configuration, without weights or a GPU."""
+    from json import dumps
+
+    from .plan import plan as ask
+
+    with _busy(f"tracing {model}"):
+        found = ask(
+            model,
+            batch=batch,
+            seq=seq,
+            budget=budget,
+            device_memory=device_memory,
+            device=card,
+            lora_r=lora_r or None,
+            quantization=quantization,  # pyright: ignore[reportArgumentType]  checked there
+        )
+    _print(found)
+    for path, write in ((png, found.draw), (json, lambda p: p.write_text(dumps(found.to_dict(), indent=1)))):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+    if not found.fits:
         raise typer.Exit(FAILED)
 
 

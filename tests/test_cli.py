@@ -138,6 +138,54 @@ def test_a_wrong_question_is_answered(command, arguments, message):
     assert "Traceback" not in err
 
 
+def test_plan_prints_what_the_function_returns(command, monkeypatch, tmp_path):
+    import unsloth.runtime.plan as planning
+
+    asked = {}
+
+    class Answer:
+        fits = False
+
+        def __str__(self):
+            return "peak 3 GiB"
+
+        def to_dict(self):
+            return {"peak": 3}
+
+        def draw(self, path):
+            path.write_bytes(b"png")
+
+    monkeypatch.setattr(planning, "plan", lambda model, **given: asked.update(given, model=model) or Answer())
+    words = ["--budget", "2GiB", "--seq", "64", "--lora-r", "0", "--png", str(tmp_path / "a" / "p.png")]
+    code, out, _ = command("plan", "tiny-llama", *words, "--json", str(tmp_path / "p.json"))
+    assert (code, out) == (1, "peak 3 GiB\n")  # it does not fit
+    assert asked == {
+        "model": "tiny-llama",
+        "batch": 1,
+        "seq": 64,
+        "budget": "2GiB",
+        "device_memory": None,
+        "device": "H100",
+        "lora_r": None,
+        "quantization": "none",
+    }
+    assert (tmp_path / "a" / "p.png").read_bytes() == b"png"
+    assert json.loads((tmp_path / "p.json").read_text()) == {"peak": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny-lama"], "did you mean 'tiny-llama'?"),
+        (["tiny-llama", "--budget", "24 Gibs"], "did you mean 24 GiB?"),
+        (["tiny-llama", "--quantization", "int8"], "'nf4' or 'none'"),
+    ],
+)
+def test_a_wrong_question_to_plan_is_answered(command, arguments, message):
+    code, out, err = command("plan", *arguments)
+    assert (code, out) == (2, "") and message in err
+
+
 def test_a_folder_without_config(command, tmp_path):
     code, _, err = command("explain", str(tmp_path))
     assert code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 
 from ...kernels.operator import NAMESPACE, operator_of
 from ..rewrite import is_random, module_path, value
+from .norms import SPLIT
 from .torch_private import optimization_hint
 
 # An operator of ours with at most this many FLOPs per element that it writes is bound by memory, and running it again
@@ -42,6 +44,10 @@ class Joint:
     needed: frozenset[fx.Node]
     wanted: list[fx.Node]
     mutated: frozenset[fx.Node]
+
+    @functools.cached_property
+    def forward_set(self) -> frozenset[fx.Node]:
+        return frozenset(self.forward)
 
 
 def read_joint(
@@ -84,6 +90,14 @@ def layers(joint: Joint) -> dict[fx.Node, tuple[str, int]]:
                 layer[node] = layer[maker(node)]
         elif inherited := [layer[n] for n in node.all_input_nodes if n in layer]:
             layer[node] = inherited[0]
+    for node in joint.forward:
+        if SPLIT in node.meta and node.target is operator.getitem:
+            # The norm after a layer's last sum is the next layer's, so that the sum alone crosses the border.
+            reader = next((u for u in node.users if u in joint.needed), None)
+            for part in (node, maker(node)):
+                layer.pop(part, None)
+                if reader in layer:
+                    layer[part] = layer[reader]
     return layer
 
 
@@ -179,12 +193,12 @@ def is_cheap(node: fx.Node) -> bool:
         written = [v for v in (results if isinstance(results, (tuple, list)) else [results]) if isinstance(v, Tensor)]
         flops = declared.flops(*map(value, operation.args))
         return hint(flops) <= ELEMENTWISE * sum(hint(v.numel()) for v in written)
-    if operation.target.overloadpacket in _MOVERS or torch.Tag.pointwise in operation.target.tags:
+    if operation.target.overloadpacket in MOVERS or torch.Tag.pointwise in operation.target.tags:
         return True
     return unpacks(operation.target)
 
 
-_MOVERS = {
+MOVERS = {
     *(aten._to_copy, aten.clone, aten._unsafe_view, aten.cat, aten.repeat, aten.flip, aten.roll, aten.tril, aten.triu),
     *(aten.embedding, aten.index, aten.index_select, aten.gather, aten.constant_pad_nd, aten.slice_scatter),
     *(aten.select_scatter, aten.full, aten.full_like, aten.arange, aten.scalar_tensor, aten.lift_fresh_copy),

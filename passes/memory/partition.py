@@ -16,9 +16,17 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from ..runner import CompilerWarning
 from . import torch_private
-from .joint import Joint, base, is_value, nbytes, read_joint
-from .plan import Plan, keep_plan, recompute_plan
+from .costs import Sizes, ceilings
+from .joint import Joint, read_joint
+from .liveness import Timeline
+from .norms import merge_norms, split_norms
+from .plan import Plan
+from .planner import Planner
 from .schedule import unpack_where_used
+from .words import BudgetError, below_floor, gib, in_words, sequence_length
+
+RESERVE = 0.05
+"""Share of the free memory that is left free where no budget was given: for what no formula knows."""
 
 
 class Partitioner(CustomPartitionerFn):
@@ -30,9 +38,11 @@ class Partitioner(CustomPartitionerFn):
     process: ``last_plan`` then stays None.
 
     Args:
-        budget: peak bytes for inputs, gradients and kept values together; None means what the device has free now.
-        policy: "keep" or "recompute", or "auto": keep if that fits the budget, else recompute.
-        strict: raise where planning fails, instead of falling back to PyTorch's partition with a warning.
+        budget: peak bytes of the whole step, the weights and the optimiser's state included; None means what the
+            device has free now, less a reserve; 0 asks for as little as possible.
+        policy: "keep" or "recompute", the extremes, or "auto": the fastest plan within the budget.
+        strict: raise where planning fails, and where no plan is within the budget (:class:`BudgetError`), instead of
+            going on with PyTorch's partition or the smallest plan, and a warning.
     """
 
     def __init__(self, budget: int | None = None, policy: str = "auto", *, strict: bool = False) -> None:
@@ -43,6 +53,7 @@ class Partitioner(CustomPartitionerFn):
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
         self.last_plan: Plan | None = None
+        self.last_timeline: Timeline | None = None
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -63,64 +74,81 @@ class Partitioner(CustomPartitionerFn):
     def _partition(
         self, gm: fx.GraphModule, *, num_fwd_outputs: int, indices: list[int] | None
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        torch_private.tidy(gm)
-        sides = torch_private.sides(gm, indices, num_fwd_outputs)
-        mutated = torch_private.inputs_mutated_outside(gm)
-        joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
-        plan = self.choose(joint, sides.gradients)
+        joint, gradients, long_lived = joint_of(gm, num_fwd_outputs, indices)
+        plan = self.choose(joint, gradients)
         kept = set(plan.kept)
         # Symbolic numbers are saved where they are wanted; the cut drops whatever backward does not read.
         symbols = [n for n in joint.forward if torch_private.is_sym_node(n)]
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
         saved = inputs + [n for n in joint.forward if n.name in kept]
-        halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, sides.long_lived)
+        halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, long_lived)
         for half in halves:
-            if unpack_where_used(half.graph):
+            if merge_norms(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         self.last_plan = plan
         return halves
 
     def choose(self, joint: Joint, gradients: Sequence[Any]) -> Plan:
         """The plan for a joint graph under this partitioner's policy and budget."""
+        planner = Planner(joint, gradients, Sizes())
         if self.policy == "recompute":
-            return recompute_plan(joint)
-        keep = keep_plan(joint)
-        if self.policy == "keep":
-            return keep
-        if self.budget is not None:
-            needed, allowed = estimated_peak(joint, gradients, keep), self.budget
-        elif self.free is not None:  # the inputs are on the device already
-            needed, allowed = estimated_peak(joint, gradients, keep) - _input_bytes(joint), self.free
+            found = planner.smallest
+        elif self.policy == "keep" or (allowed := self._allowed(planner)) is None:
+            found = planner.fastest
         else:
-            return keep
-        if needed <= allowed:
-            return keep
-        why = f"keeping needs about {needed / 2**30:.2f} of {allowed / 2**30:.2f} GiB"
-        less = recompute_plan(joint, why)
-        return less if less.saved_bytes < keep.saved_bytes else replace(keep, why=f"{why}; recomputing saves nothing")
+            found = planner.within(allowed)
+            found = (self._with_reason(found[0], planner, allowed), found[1])
+            if found[0].peak_bytes > allowed and self.budget:
+                self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
+        plan, self.last_timeline = found
+        if plan.policy == "keep":  # which is the common case, and needs no look at the layers
+            return replace(plan, words="everything that backward wants is kept")
+        kept = {planner.by_name[name] for name in plan.kept}
+        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers)))
+
+    def _allowed(self, planner: Planner) -> int | None:
+        """Peak bytes that the step may have; None where there is no device to ask and no budget."""
+        if self.budget is not None or self.free is None:
+            return self.budget
+        there = planner.liveness.standing  # what the graph reads is on the device already
+        return int(self.free * (1 - RESERVE)) + there.weights + there.trained
+
+    def _with_reason(self, plan: Plan, planner: Planner, allowed: int) -> Plan:
+        needed = planner.fastest[0].peak_bytes
+        if plan.policy == "keep":
+            return replace(plan, why="it fits" if needed <= allowed else "recomputing saves nothing")
+        return replace(plan, why=f"keeping everything needs {gib(needed)} of {gib(allowed)}")
+
+    def _refuse(self, message: str) -> None:
+        if self.strict:
+            raise BudgetError(message)
+        message = f"unsloth: {message}. The smallest plan is used"
+        warnings.warn(message, CompilerWarning, stacklevel=2)
 
     def uuid(self) -> str:
         # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{_source_digest()}"
+        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{ceilings()}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_plan": None}  # a report, not part of what the partitioner is
+        return {
+            **self.__dict__,
+            "last_plan": None,
+            "last_timeline": None,
+        }  # reports, no part of what the partitioner is
 
 
-def estimated_peak(joint: Joint, gradients: Sequence[Any], plan: Plan) -> int:
-    """Bytes alive at the start of backward, roughly: inputs, kept values, gradients, and the two largest values.
+def joint_of(gm: fx.GraphModule, num_fwd_outputs: int, indices: list[int] | None) -> tuple[Joint, list[Any], Any]:
+    """Make a joint graph ready to be planned, in place.
 
-    The two largest values stand for what an operator reads and writes at the worst moment (usually the logits and
-    their gradient). A later planner replaces this by liveness over both graphs.
+    Returns:
+        the graph, its outputs that backward returns, and the inputs that outlive the step.
     """
-    values = sorted((nbytes(n) for n in joint.graph.nodes if n.op != "placeholder" and is_value(n)), reverse=True)
-    gradient_bytes = sum(nbytes(n) for n in gradients if isinstance(n, fx.Node) and is_value(n))
-    return _input_bytes(joint) + plan.saved_bytes + gradient_bytes + sum(values[:2])
-
-
-def _input_bytes(joint: Joint) -> int:
-    inputs = {base(n) for n in joint.forward if n.op == "placeholder" and is_value(n)}
-    return sum(nbytes(n) for n in inputs)
+    torch_private.tidy(gm)
+    split_norms(gm.graph)
+    sides = torch_private.sides(gm, indices, num_fwd_outputs)
+    mutated = torch_private.inputs_mutated_outside(gm)
+    joint = read_joint(gm, sides.backward, sides.needed, sides.gradients, mutated)
+    return joint, sides.gradients, sides.long_lived
 
 
 @functools.cache

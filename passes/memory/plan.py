@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch import fx
@@ -51,17 +51,25 @@ class Plan:
     """Which values of a joint graph are kept for backward.
 
     Attributes:
-        policy: "keep" or "recompute".
+        policy: "keep", "recompute", or "mixed": some layers keep what others compute again.
         tags: a tag per forward value that backward needs, by node name. Graph inputs and views are not listed: the
             former are there anyway, the latter are what their base is.
         saved_bytes: bytes of the kept values, symbolic sizes at their hints.
         why: why this policy was chosen.
+        peak_bytes: of the whole step, predicted; 0 where nobody asked.
+        seconds: what computing again adds to the step, predicted.
+        parts: the peak by category.
+        words: what is kept and what is not, for people.
     """
 
     policy: str
     tags: dict[str, Tag]
     saved_bytes: int
     why: str
+    peak_bytes: int = 0
+    seconds: float = 0.0
+    parts: Mapping[str, int] = field(default_factory=dict)
+    words: str = ""
 
     @property
     def kept(self) -> list[str]:
@@ -77,16 +85,19 @@ class Plan:
         return hashlib.sha256(f"{self.policy}:{text}".encode()).hexdigest()
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.policy} ({self.why}): {len(self.kept)} values kept, {self.saved_bytes / 2**30:.2f} GiB; "
             f"{len(self.recomputed)} computed again"
         )
+        if self.peak_bytes:
+            text += f"; peak {self.peak_bytes / 2**30:.2f} GiB, {self.seconds * 1e3:.1f} ms of computing again"
+        return f"{text}\n{self.words}" if self.words else text
 
 
 def keep_plan(joint: Joint, why: str = "it fits") -> Plan:
     """Keep everything that backward wants, in the fewest bytes that need no expensive operator twice."""
     kept = _fewest_bytes(joint, joint.wanted, set(), lambda n: is_repeatable(n, joint))
-    return _plan("keep", joint, kept, why)
+    return plan_of("keep", joint, kept, why)
 
 
 def recompute_plan(joint: Joint, why: str = "asked for") -> Plan:
@@ -107,10 +118,10 @@ def recompute_plan(joint: Joint, why: str = "asked for") -> Plan:
     wanted = [n for n in joint.wanted if base(n) not in layer]
     pinned = {n for n in joint.forward if n in layer and is_value(n) and is_pinned(n, joint)}
     kept = _fewest_bytes(joint, [*wanted, *crossing], pinned, lambda n: n not in layer and is_repeatable(n, joint))
-    return _plan("recompute", joint, kept, why)
+    return plan_of("recompute", joint, kept, why)
 
 
-def _plan(policy: str, joint: Joint, kept: set[fx.Node], why: str) -> Plan:
+def plan_of(policy: str, joint: Joint, kept: set[fx.Node], why: str) -> Plan:
     """Tag what backward meets when it walks back from what it wants, stopping at kept values."""
     tags: dict[fx.Node, Tag] = {}
     todo = list(joint.wanted)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 
 from tests.memory.llama import Model, assert_same, cut_by, gradients, ids, partitioned
@@ -123,13 +124,26 @@ def test_statistics_are_kept_without_their_operator() -> None:
 
 def test_a_budget_decides() -> None:
     model = Model()
-    for budget, policy in ((None, "keep"), (1 << 40, "keep"), (0, "recompute")):
+    for budget, policy in ((None, "keep"), (1 << 40, "keep"), (2_200_000, "mixed"), (0, "recompute")):
         torch._dynamo.reset()
         partitioner = Partitioner(budget, strict=True)
-        gradients(torch.compile(model, backend=cut_by(partitioner)), model, ids())
+        gradients(torch.compile(model, backend=cut_by(partitioner)), model, ids(length=200))
         plan = partitioner.last_plan
         assert plan is not None and plan.policy == policy
         assert policy in str(plan) and "GiB" in str(plan)
+        assert not budget or plan.peak_bytes <= budget
+
+
+def test_a_budget_below_the_floor_names_it() -> None:
+    model = Model()
+    run = torch.compile(model, backend=cut_by(Partitioner(150_000, strict=True)))
+    with pytest.raises(BackendCompilerFailed, match=r"below the floor of .* MiB: working .* MiB, "):
+        gradients(run, model, ids(length=200))
+    torch._dynamo.reset()
+    relaxed = Partitioner(700_000)
+    with pytest.warns(CompilerWarning, match=r"below the floor .*about \d+ tokens would fit, in place of 200"):
+        gradients(torch.compile(model, backend=cut_by(relaxed)), model, ids(length=200))
+    assert relaxed.last_plan is not None and relaxed.last_plan.policy == "recompute"
 
 
 def test_inference_graphs_have_no_backward() -> None:

@@ -1,0 +1,218 @@
+"""The fastest plan within a byte budget.
+
+Every repeated layer chooses one of its patterns (patterns.py). What a step needs while it is in layer i of backward is
+what the layers up to i keep, and what layer i itself takes; so the choice is a shortest path over the layers with the
+bytes kept so far as its state, and exact up to the width of a bucket of bytes (the multiple-choice knapsack, Kellerer
+et al. 2004, with a limit per layer). It places what is recomputed in the first layers, whose backward runs when little
+else is alive.
+
+Plans form a ladder from the smallest to the fastest that does not depend on the budget: a larger budget stands on a
+rung at least as high, so it is never slower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .costs import Sizes
+from .joint import Joint, layers
+from .liveness import MOMENTS, Liveness, Timeline
+from .patterns import Layer, Pattern, members, patterns, read_layers
+from .plan import Plan, keep_plan, plan_of, recompute_plan
+
+RUNGS = 256
+BUCKETS = 4096
+
+
+class Planner:
+    """Plans for one joint graph.
+
+    Args:
+        joint: the graph.
+        gradients: its outputs that backward returns.
+        sizes: what values cost, and on which device.
+        moments: tensors per trained one that the optimiser holds.
+        fused: whether elementwise operators are fused.
+    """
+
+    def __init__(
+        self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, moments: float = MOMENTS, fused: bool = True
+    ) -> None:
+        self.joint, self.sizes = joint, sizes
+        self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused)
+        self.by_name = {n.name: n for n in joint.forward}
+        self.home = layers(joint)
+        self.rungs: dict[int, tuple[Plan, Timeline]] = {}
+
+    def price(self, plan: Plan) -> tuple[Plan, Timeline]:
+        """The plan with its peak and its seconds, and the step's timeline."""
+        timeline = self.liveness.timeline(self.by_name[name] for name in plan.kept)
+        again = self.liveness.again()
+        seconds = sum(self.sizes.seconds(n) for n in again)
+        return dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=seconds, parts=timeline.parts), timeline
+
+    @functools.cached_property
+    def fastest(self) -> tuple[Plan, Timeline]:
+        """Everything kept."""
+        return self.price(keep_plan(self.joint))
+
+    @functools.cached_property
+    def smallest(self) -> tuple[Plan, Timeline]:
+        """As little kept as can be."""
+        return self.price(recompute_plan(self.joint))
+
+    def within(self, budget: int) -> tuple[Plan, Timeline]:
+        """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
+        if self.fastest[0].peak_bytes <= budget:
+            return self.fastest
+        low, high = 0, RUNGS
+        if not self.layers or self.smallest[0].peak_bytes > budget:
+            return min(self.smallest, self.fastest, key=lambda found: found[0].peak_bytes)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.rung(middle)[0].peak_bytes <= budget else (low, middle)
+        return self.rung(low)
+
+    def rung(self, step: int) -> tuple[Plan, Timeline]:
+        """A step of the ladder: the fastest plan within that share of the way from the smallest to the fastest."""
+        if step not in self.rungs:
+            least, most = self.smallest[0].peak_bytes, self.fastest[0].peak_bytes
+            chosen = self._choose(least + (most - least) * step // RUNGS) if step else None
+            found = self.price(self.assembled(chosen)) if chosen else self.smallest
+            # What the model of the ladder overlooks shall not make a plan that is larger and slower than the smallest.
+            if found[0].seconds > self.smallest[0].seconds:
+                found = self.smallest
+            self.rungs[step] = found
+        return self.rungs[step]
+
+    # -- the layers' choices -------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def layers(self) -> list[Layer]:
+        least, most = ([self.by_name[name] for name in plan.kept] for plan, _ in (self.smallest, self.fastest))
+        return read_layers(self.joint, self.home, (least, most), self.sizes)
+
+    @functools.cached_property
+    def choices(self) -> list[list[Pattern]]:
+        """Per layer its patterns, as many for each (the last repeated), so that patterns of one rank make a plan."""
+        solved: dict[Any, list[Pattern]] = {}
+        for layer in self.layers:
+            if layer.signature not in solved:
+                found = patterns(layer, self.joint, self.sizes)
+                solved[layer.signature] = found or self._extremes(layer)
+        longest = max(map(len, solved.values()))
+        padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
+        return [padded[layer.signature] for layer in self.layers]
+
+    def _extremes(self, layer: Layer) -> list[Pattern]:
+        """Without a solver: all or nothing. The figures are those of the plans as a whole, shared evenly."""
+        count = len(self.layers)
+        bytes_of = [sum(self.sizes.bytes(layer.values[i]) for i in kept) for kept in (layer.must, layer.most)]
+        seconds = [plan.seconds / count for plan, _ in (self.smallest, self.fastest)]
+        kept = (layer.must, layer.most)
+        return [Pattern(k, b, s) for k, b, s in zip(kept, bytes_of, seconds, strict=True)]
+
+    @functools.cached_property
+    def needs(self) -> tuple[np.ndarray, int]:
+        """Bytes that a step holds in layer i under its pattern p beside what the layers up to i keep, [i, p]; and
+        those that it holds outside of the layers beside all that is kept."""
+        count = len(self.choices[0])
+        inside = np.zeros((len(self.layers), count))
+        outside = 0
+        for rank in range(count):
+            plan = self.assembled([rank] * len(self.layers))
+            timeline = self.price(plan)[1]
+            prefix = np.cumsum([choice[rank].bytes for choice in self.choices])
+            totals = np.add(np.add(timeline.kept, timeline.gradients), timeline.working)
+            for total, place in zip(totals, self.places(), strict=True):
+                if place is None:
+                    outside = max(outside, int(total - prefix[-1]))
+                else:
+                    inside[place, rank] = max(inside[place, rank], total - prefix[place])
+        return inside, outside
+
+    def places(self) -> list[int | None]:
+        """By operator of the last walk the layer it belongs to: its own, that of what it reads, or the one before's."""
+        position = {layer.name: i for i, layer in enumerate(self.layers)}
+        places: list[int | None] = []
+        last: int | None = None
+        for i, operation in enumerate(self.liveness.last_walk.operations):
+            if operation in self.joint.forward_set:
+                if operation in self.home:
+                    last = position.get(self.home[operation])
+                elif i < self.liveness.last_turn:  # else something outside of the layers, made again for one of them
+                    last = None
+            else:
+                read = [self.home[s] for s in self.liveness.reads[operation] if s in self.home]
+                last = position.get(read[-1], last) if read else last
+            places.append(last)
+        return places
+
+    def _choose(self, limit: int) -> list[int] | None:
+        """Each layer's pattern, the fastest together within a limit; None where there are none."""
+        return self.shortest(self.choices, *self.needs, limit - self.liveness.standing.total)
+
+    @staticmethod
+    def shortest(choices: Sequence[Sequence[Pattern]], inside: np.ndarray, outside: int, room: int) -> list[int] | None:
+        """A pattern per layer, so that their seconds are fewest and no moment needs more than ``room`` bytes.
+
+        Args:
+            choices: per layer its patterns.
+            inside: [layer, pattern], bytes in that layer beside those that the layers up to it keep.
+            outside: bytes elsewhere beside all that is kept.
+            room: bytes.
+        """
+        bucket = max(1, -(-sum(max(p.bytes for p in choice) for choice in choices) // BUCKETS))
+        levels = np.arange(BUCKETS + len(choices) + 1) * bucket
+        best = np.full(len(levels), np.inf)
+        best[0] = 0.0
+        taken = []
+        for i, choice in enumerate(choices):
+            after, which = np.full(len(levels), np.inf), np.zeros(len(levels), dtype=int)
+            for p, pattern in enumerate(choice):
+                shift = round(pattern.bytes / bucket)
+                moved = np.full(len(levels), np.inf)
+                moved[shift:] = best[: len(levels) - shift] + pattern.seconds
+                moved[levels + inside[i, p] > room] = np.inf
+                better = moved < after
+                after[better], which[better] = moved[better], p
+            best = after
+            taken.append(which)
+        best[levels + outside > room] = np.inf
+        at = int(np.argmin(best))
+        if not np.isfinite(best[at]):
+            return None
+        chosen = []
+        for choice, which in zip(reversed(choices), reversed(taken), strict=True):
+            chosen.append(int(which[at]))
+            at -= round(choice[chosen[-1]].bytes / bucket)
+        return _ascending(choices, chosen[::-1])
+
+    def assembled(self, chosen: Sequence[int]) -> Plan:
+        """The plan in which each layer keeps its chosen pattern, and the rest of the model as little as it can."""
+        least = [self.by_name[name] for name in self.smallest[0].kept]
+        kept = {n for n in least if n not in self.home}
+        for layer, choice, rank in zip(self.layers, self.choices, chosen, strict=True):
+            kept.update(members(layer, choice[rank]))
+        return plan_of("mixed", self.joint, kept, "")
+
+
+def _ascending(choices: Sequence[Sequence[Pattern]], chosen: list[int]) -> list[int]:
+    """The same patterns, those that keep less in the earlier of layers that are alike.
+
+    Of plans that are equally fast this one keeps the least at every moment, and reads best.
+    """
+    alike: dict[int, list[int]] = {}
+    for i, choice in enumerate(choices):
+        alike.setdefault(id(choice[0]), []).append(i)
+    result = list(chosen)
+    for places in alike.values():
+        ranks = sorted((chosen[i] for i in places), key=lambda rank, at=places[0]: choices[at][rank].bytes)
+        for i, rank in zip(places, ranks, strict=True):
+            result[i] = rank
+    return result

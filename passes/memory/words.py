@@ -1,0 +1,129 @@
+"""A plan in words, and what is wrong with a budget."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import fx
+
+from ...kernels.operator import operator_of
+from ..rewrite import module_path
+from .joint import Joint, is_value, maker
+from .liveness import Timeline
+from .patterns import Layer
+
+GIB = 1 << 30
+
+
+class BudgetError(ValueError):
+    """The budget is below what the smallest plan needs."""
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:
+    """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
+
+    Args:
+        kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
+    """
+    homes: dict[str, list[int]] = defaultdict(list)
+    where: dict[str, list[int]] = defaultdict(list)
+    for i, (layer, chosen) in enumerate(zip(layers, kept, strict=True)):
+        for position, label in _labels(layer).items():
+            if position not in layer.must:
+                homes[label].append(i)
+            if layer.values[position] in chosen:
+                where[label].append(i)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for label, there in homes.items():
+        if 2 * len(there) >= len(layers):
+            groups[tuple(i for i in where[label] if i in there)].append(label)
+    count = len(layers)
+    full = [g for g in groups if len(g) >= count - 1]
+    parts = []
+    for group, labels in sorted(groups.items(), key=lambda item: -len(item[0])):
+        if group in full:
+            continue
+        names = ", ".join(labels)
+        told = f"kept in {len(group)} of {count} layers ({_spans(group)})" if group else "computed again in every layer"
+        parts.append(f"{names} {told}")
+    if not count or not groups:
+        return ""
+    if not parts:
+        return f"all {count} layers keep everything that backward wants"
+    return "; ".join([*parts, *(["all else kept"] if full else ["layers keep their inputs"])])
+
+
+def _labels(layer: Layer) -> dict[int, str]:
+    """A name for each value that a plan may keep, by its position; the second of one name has a number."""
+    seen: Counter[str] = Counter()
+    labels = {}
+    for position in sorted(layer.most):
+        label = _label(layer.values[position], layer)
+        seen[label] += 1
+        labels[position] = label if seen[label] == 1 else f"{label} {seen[label]}"
+    return labels
+
+
+def _label(value: fx.Node, layer: Layer) -> str:
+    """``mlp.gate_proj.y1``: the place within the layer, and which of an operator's outputs."""
+    operation = maker(value)
+    inside = re.sub(r".*?\.?\b\d+(?:\.|$)", "", module_path(operation), count=1)
+    name = str(getattr(operation.target, "_opname", operation.target)).lstrip("_")
+    declared = operator_of(operation.target)
+    if declared is not None and value is not operation:
+        output = declared.outputs[int(str(value.args[1]))]
+        return f"{inside}.{output}" if inside else f"{name}.{output}"
+    return inside or name
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for n in numbers:
+        if spans and n == spans[-1][-1] + 1:
+            spans[-1][-1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def below_floor(budget: int, timeline: Timeline, length: int | None) -> str:
+    """The message for a budget that no plan meets."""
+    parts: Mapping[str, int] = timeline.parts
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    told = ", ".join(f"{name} {gib(size)}" for name, size in largest)
+    message = f"memory_budget {gib(budget)} is below the floor of {gib(timeline.peak)}: {told}"
+    fits = length_that_fits(budget, timeline, length)
+    if fits is None:
+        return message
+    if fits < 1:
+        return f"{message}; no sequence is short enough"
+    return f"{message}; sequences of about {fits} tokens would fit, in place of {length}"
+
+
+def length_that_fits(budget: int, timeline: Timeline, length: int | None) -> int | None:
+    """Tokens per sequence whose floor is within the budget: what is kept and worked with grows with them.
+
+    A workspace that does not makes the answer too small, which is the safe side.
+    """
+    if length is None:
+        return None
+    parts = timeline.parts
+    grows = parts["kept for backward"] + parts["working"] - timeline.standing.library
+    return int(length * max(0.0, budget - (timeline.peak - grows)) / grows) if grows > 0 else None
+
+
+def sequence_length(joint: Joint) -> int | None:
+    """Tokens per sequence, if the graph has tokens: an integer input [batch, length]."""
+    for node in joint.forward:
+        if node.op == "placeholder" and is_value(node):
+            value = node.meta["val"]
+            if not value.dtype.is_floating_point and value.dim() == 2 and value.dtype.itemsize == 8:
+                return int(value.shape[1]) if isinstance(value.shape[1], int) else None
+    return None
