@@ -28,7 +28,7 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
-from .learning_rates import set_learning_rates
+from .learning_rates import LearningRates
 from .pace import Pace
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
@@ -115,7 +115,7 @@ class Truncated(NamedTuple):
     dropped: int
 
 
-class SFTTrainer(Sturdy, trl.SFTTrainer):
+class SFTTrainer(Sturdy, LearningRates, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
@@ -180,13 +180,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         )
         if not self._plain_loss:
             logger.warning("this loss is not compiled: only the default loss (nll without label smoothing) is")
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and any(rate is not None for rate in self._rates.values()):
-            set_learning_rates(optimizer, self.model, **self._rates)
-        return optimizer
 
     @property
     def explanation(self) -> Explanation:
