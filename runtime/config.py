@@ -43,6 +43,7 @@ class TrainConfig(BaseModel):
         "auto", description="Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."
     )
     load_in_4bit: bool = Field(False, description="QLoRA: hold the frozen weights in NF4 (bitsandbytes).")
+    load_in_8bit: bool = Field(False, description="Hold the frozen weights in 8 bits, LLM.int8() (bitsandbytes).")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the checkpoint brings along; as a flag only, never in a file."
     )
@@ -192,8 +193,11 @@ def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Settings that are fine by themselves and do not go together."""
     given = config.trainer
     saves, evaluates = given.get("save_strategy", "steps"), given.get("eval_strategy", "no")
-    if config.load_in_4bit and not config.use_peft:
-        yield "load_in_4bit", "cannot be true without use_peft: 4-bit weights cannot be trained"
+    for bits in (4, 8):
+        if getattr(config, f"load_in_{bits}bit") and not config.use_peft:
+            yield f"load_in_{bits}bit", f"cannot be true without use_peft: {bits}-bit weights cannot be trained"
+    if config.load_in_4bit and config.load_in_8bit:
+        yield "load_in_8bit", "and load_in_4bit cannot both be true"
     if evaluates != "no" and config.eval_dataset_name is None:
         yield "eval_strategy", "needs an eval_dataset_name"
     if given.get("load_best_model_at_end") and saves not in (evaluates, "best"):

@@ -167,7 +167,7 @@ def _training(config: TrainConfig) -> str:
     modules = config.lora_target_modules
     layers = modules if isinstance(modules, str) else ", ".join(modules)
     what = f"LoRA of rank {config.lora_r} on {layers}" if config.use_peft else "all parameters"
-    weights = "4-bit weights, " if config.load_in_4bit else ""
+    weights = "4-bit weights, " if config.load_in_4bit else "8-bit weights, " if config.load_in_8bit else ""
     batch, steps = config.per_device_train_batch_size, given.get("gradient_accumulation_steps", 1)
     length = f"at most {config.max_length:,} tokens a row" if config.max_length else "rows of any length"
     epochs = f"{given.get('num_train_epochs', 3):g} epochs"

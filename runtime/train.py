@@ -248,7 +248,7 @@ def _model(config: TrainConfig, device: torch.device) -> Any:
         config.model_name_or_path,
         dtype=_weights(config, device),
         device=device,
-        quantise="nf4" if config.load_in_4bit else None,
+        quantise="nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
     )

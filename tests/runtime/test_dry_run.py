@@ -111,6 +111,7 @@ ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("seed: [1\n", {}, ":5: not YAML"),
     ("trust_remote_code: true\n", {}, ":4: trust_remote_code is switched on by the flag"),
     ("load_in_4bit: true\nuse_peft: false\n", {}, ":4: load_in_4bit cannot be true without use_peft"),
+    ("load_in_8bit: true\nload_in_4bit: true\n", {}, ":4: load_in_8bit and load_in_4bit cannot both be true"),
     ("eval_strategy: steps\n", {}, ":4: eval_strategy needs an eval_dataset_name"),
     ("load_best_model_at_end: true\n", {}, ":4: load_best_model_at_end needs eval_strategy and save_strategy to agree"),
     ("packing: true\nmax_length: null\n", {}, ":4: packing needs a max_length"),
