@@ -24,6 +24,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from .finite import TrainingError
 from .learning_rates import LearningRates
+from .neftune import Neftune
 from .pace import Pace
 from .sturdy import Sturdy
 from .trainer import CHECKPOINTING, Truncated, leave_recomputation_to_the_planner
@@ -39,7 +40,7 @@ else:
     _Base = object
 
 
-class _CompiledBody(LearningRates, _Base):
+class _CompiledBody(Neftune, LearningRates, _Base):
     """Mixin before one of TRL's trainers.
 
     Takes what that takes, by name, ``options`` for the backend, ``compile=False`` to run eagerly, and learning rates as

@@ -29,6 +29,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled
 from .learning_rates import LearningRates
+from .neftune import Neftune
 from .pace import Pace
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
@@ -115,7 +116,7 @@ class Truncated(NamedTuple):
     dropped: int
 
 
-class SFTTrainer(Sturdy, LearningRates, trl.SFTTrainer):
+class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
