@@ -257,7 +257,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
         step = super().training_step
-        if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
+        if self._plain_loss and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share
