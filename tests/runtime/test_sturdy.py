@@ -140,16 +140,24 @@ class At(TrainerCallback):
         setattr(self, event, lambda args, state, control, **_: action() if state.global_step == step else None)
 
 
+ACCUMULATING: dict[str, Any] = {"gradient_accumulation_steps": 3, "rows": dataset(24), "save_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """What a run of three micro-batches a step ends with."""
+    whole = make(tmp_path_factory.mktemp("whole"), **ACCUMULATING)
+    whole.train()
+    return ends(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
     ("event", "step"),
     [("on_substep_end", 2), ("on_substep_end", 4), ("on_substep_end", 0), ("on_step_end", 3), ("on_step_begin", 6)],
 )
-def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, number, event, step) -> None:
-    changes: dict[str, Any] = {"gradient_accumulation_steps": 3, "rows": dataset(24), "save_strategy": "no"}
-    whole = make(tmp_path / "whole", **changes)
-    whole.train()
-    stopped = make(tmp_path / "stopped", **changes)
+def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, undisturbed, number, event, step) -> None:
+    stopped = make(tmp_path / "stopped", **ACCUMULATING)
     stopped.add_callback(At(event, step, lambda: os.kill(os.getpid(), number)))
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as left:
@@ -158,9 +166,9 @@ def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, number, event, s
     assert signal.getsignal(number) == before
     (saved,) = checkpoints.checkpoints(tmp_path / "stopped")
     assert damage(saved) == [] and checkpoints.step_of(saved) == step
-    resumed = make(tmp_path / "stopped", **changes)
+    resumed = make(tmp_path / "stopped", **ACCUMULATING)
     resumed.train(resume_from_checkpoint=True)
-    assert_same_end(ends(resumed), ends(whole))
+    assert_same_end(ends(resumed), undisturbed)
 
 
 def test_damage_is_said_and_the_run_goes_on_from_before(tmp_path, caplog) -> None:
