@@ -192,6 +192,15 @@ def test_another_batch_size_is_said(tmp_path, caplog) -> None:
     assert "gradient_accumulation_steps was 2 in checkpoint-2 and is 1 now" in caplog.text
 
 
+def test_how_often_to_log_and_save_is_what_the_resumed_run_says(tmp_path) -> None:
+    make(tmp_path, max_steps=2, logging_steps=1, save_steps=1).train()
+    resumed = make(tmp_path, max_steps=8, logging_steps=3, save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert [e["step"] for e in resumed.state.log_history if "loss" in e] == [1, 2, 3, 6]
+    assert {c.name for c in checkpoints.checkpoints(tmp_path)} >= {"checkpoint-4", "checkpoint-8"}
+    assert not (tmp_path / "checkpoint-5").exists()
+
+
 def test_nothing_to_resume(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)
