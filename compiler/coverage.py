@@ -191,7 +191,9 @@ def _weighs_values(softmax: fx.Node) -> bool:
 
 
 def _is_gated(node: fx.Node) -> bool:
-    if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
+    # A factor may be a symbolic number.
+    tensors = all(isinstance(a, fx.Node) and isinstance(value(a), Tensor) for a in node.args)
+    if node.target is not aten.mul.Tensor or not tensors:
         return False
     for activation, gate in (node.args, node.args[::-1]):
         inner = _under_views(activation)

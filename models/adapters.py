@@ -55,6 +55,10 @@ def add_lora(
         raise ModelError("LoRA needs PEFT: pip install peft") from error
     if isinstance(model, PeftModel):
         raise ModelError("the model has adapters already; train those, or load the base model")
+    if settings.get("use_dora"):
+        from .dora import make_dora_traceable
+
+        make_dora_traceable()
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     if targets in linear_layers(model):
         targets = [str(targets)]  # PEFT takes a string for an expression on the whole name

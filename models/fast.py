@@ -67,6 +67,7 @@ class FastLanguageModel:
             max_seq_length: recorded as ``model.max_seq_length``; positions are not rescaled to reach it.
             dtype: None is bfloat16 where the device computes in it, float16 on older GPUs, float32 on a CPU.
             load_in_4bit: QLoRA: the linear layers of the blocks in NF4.
+            load_in_8bit: in 8 bits instead.
             full_finetuning: all parameters are trained, and :meth:`get_peft_model` leaves the model alone. bfloat16
                 rounds small updates away: with ``dtype=torch.float32`` and the trainer's ``bf16=True`` it does not.
             device_map: None, "auto" and "sequential" are this process's GPU, or the CPU where there is none; otherwise
@@ -82,10 +83,11 @@ class FastLanguageModel:
             TypeError: for an argument that does not exist or asks for what is not there.
         """
         _refuse(others, _NEUTRAL_LOADING, FastLanguageModel.from_pretrained)
-        if load_in_8bit:
-            raise ModelError("8-bit weights are not supported: load_in_4bit=True holds them in NF4, False in 16 bits")
-        if load_in_4bit and full_finetuning:
-            raise ModelError("4-bit weights cannot be trained: full_finetuning needs load_in_4bit=False")
+        if load_in_4bit and load_in_8bit:
+            raise ModelError("load_in_4bit and load_in_8bit cannot both be True")
+        if (load_in_4bit or load_in_8bit) and full_finetuning:
+            bits = 4 if load_in_4bit else 8
+            raise ModelError(f"{bits}-bit weights cannot be trained: full_finetuning needs load_in_{bits}bit=False")
         device = _one_device(device_map)
         where = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "revision": revision, "token": token}
         tokenizer = load_tokenizer(model_name, **where)
@@ -93,7 +95,7 @@ class FastLanguageModel:
             model_name,
             dtype=_dtype(dtype, device),
             device=device,
-            quantise="nf4" if load_in_4bit else None,
+            quantise="nf4" if load_in_4bit else "int8" if load_in_8bit else None,
             **where,
         )
         _agree(model, tokenizer, model_name)

@@ -21,7 +21,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    quantise: Literal["nf4"] | None = None,
+    quantise: Literal["nf4", "int8"] | None = None,
     gguf_file: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -38,7 +38,8 @@ def load_model(
         dtype: of the weights; with ``quantise`` of what is not quantised, and of the arithmetic.
         device: where the model goes.
         quantise: "nf4" holds the linear layers of the blocks in 4 bits with double quantisation (QLoRA, Dettmers et al.
-            2023, arXiv:2305.14314). A checkpoint that is quantised already stays as it is.
+            2023, arXiv:2305.14314); "int8" in 8 (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339), see :mod:`.int8`.
+            A checkpoint that is quantised already stays as it is.
         gguf_file: the GGUF file in that folder or hub repository. GGUF weights are dequantised to ``dtype``.
         trust_remote_code: run the Python code that a checkpoint brings along. Never on unless asked for.
         revision: branch, tag or commit on the hub.
@@ -51,8 +52,8 @@ def load_model(
     Raises:
         ModelError: saying what was looked for, and what is missing or cannot be read.
     """
-    if quantise not in (None, "nf4"):
-        raise ModelError(f"cannot quantise to {quantise!r}: 'nf4' is what there is")
+    if quantise not in (None, "nf4", "int8"):
+        raise ModelError(f"cannot quantise to {quantise!r}: 'nf4' and 'int8' are what there is")
     source = locate(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code, revision=revision, token=token)
     settings: dict[str, Any] = {"dtype": dtype, "device": torch.device(device), "quantise": quantise}
     if source.adapter:
@@ -67,10 +68,14 @@ def load_model(
             model = _from_config(source, dtype, torch.device(device), trust_remote_code)
         else:
             model = _from_folder(source, **settings, trust_remote_code=trust_remote_code)
-        if quantise and not getattr(model, "is_loaded_in_4bit", False):
-            from .quantise import quantise_nf4
+        if quantise and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
+            from .quantise import quantise_int8, quantise_nf4
 
-            model = quantise_nf4(model, compute_dtype=dtype)
+            model = quantise_nf4(model, compute_dtype=dtype) if quantise == "nf4" else quantise_int8(model)
+        elif getattr(model, "is_loaded_in_8bit", False):
+            from .int8 import freeze_int8
+
+            freeze_int8(model)
     _stay_trainable(model)
     return model.train()
 
@@ -114,15 +119,17 @@ def _from_folder(
     settings: dict[str, Any] = {}
     if method := getattr(config, "quantization_config", None):
         method = method if isinstance(method, dict) else method.to_dict()
-        if quantise and not method.get("load_in_4bit"):
+        if quantise and not method.get("load_in_4bit" if quantise == "nf4" else "load_in_8bit"):
             raise ModelError(f"{source.name!r} is quantised already, by {method.get('quant_method')}: load it as it is")
     elif quantise:
-        settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        four_bits: dict[str, Any] = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        given: dict[str, Any] = four_bits if quantise == "nf4" else {"load_in_8bit": True}
+        settings["quantization_config"] = BitsAndBytesConfig(**given)
     model = _complete(
         source,
         dtype,

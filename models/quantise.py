@@ -1,4 +1,4 @@
-"""The linear layers of a loaded model in 4 bits: the frozen base of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+"""Linear layers of a loaded model in 4 bits, the base of QLoRA (Dettmers et al. 2023, arXiv:2305.14314), or in 8.
 
 transformers quantises while it reads a checkpoint. This does the same to a model that exists already: one with random
 weights, or one that was read from a format that transformers does not quantise from. The file needs torch, transformers
@@ -8,7 +8,7 @@ and bitsandbytes only, so that a benchmark can load it into another system's pro
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,8 +43,36 @@ def quantise_nf4(
         ImportError: without bitsandbytes.
         ValueError: when there is nothing to quantise, or the model has adapters, which would be quantised as well.
     """
+    kept = _replaced(model, skip, lambda layer: _quantised(layer, compute_dtype, double_quant))
+    if isinstance(model, PreTrainedModel):
+        four_bits: dict[str, Any] = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double_quant,
+            "bnb_4bit_compute_dtype": compute_dtype,
+        }
+        _declare(model, BitsAndBytesConfig(**four_bits, llm_int8_skip_modules=kept))
+    return model
+
+
+def quantise_int8(model: Model, *, skip: Sequence[str] = ("lm_head",)) -> Model:
+    """Replace linear layers by 8-bit ones (:mod:`.int8`), in place; all else as :func:`quantise_nf4` does."""
+
+    def quantised(layer: nn.Linear) -> nn.Module:
+        from .int8 import int8_linear
+
+        return int8_linear(layer)
+
+    kept = _replaced(model, skip, quantised)
+    if isinstance(model, PreTrainedModel):
+        _declare(model, BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept))
+    return model
+
+
+def _replaced(model: nn.Module, skip: Sequence[str], quantised: Callable[[nn.Linear], nn.Module]) -> list[str]:
+    """Replace linear layers one after the other; returns the names of modules that stay as they are."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("NF4 needs bitsandbytes: pip install bitsandbytes")
+        raise ImportError("quantised weights need bitsandbytes: pip install bitsandbytes")
     if hasattr(model, "peft_config"):
         raise ValueError("the model has adapters already: quantise it first, then add them")
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
@@ -55,10 +83,8 @@ def quantise_nf4(
     for name in chosen:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        model.set_submodule(name, _quantised(layer, compute_dtype, double_quant))
-    if isinstance(model, PreTrainedModel):
-        _declare(model, sorted({*skip, *kept}), compute_dtype, double_quant)
-    return model
+        model.set_submodule(name, quantised(layer))
+    return sorted({*skip, *kept})
 
 
 def _shared(model: nn.Module) -> Iterator[str]:
@@ -88,15 +114,8 @@ def _quantised(layer: nn.Linear, compute_dtype: torch.dtype, double_quant: bool)
     return new.train(layer.training)
 
 
-def _declare(model: PreTrainedModel, kept: list[str], compute_dtype: torch.dtype, double_quant: bool) -> None:
+def _declare(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
     """Leave the marks by which PEFT, ``Trainer`` and ``save_pretrained`` know a quantised model."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=kept,
-    )
     quantiser = AutoHfQuantizer.from_config(config)
     marks = {"hf_quantizer": quantiser, "is_quantized": True, "quantization_method": config.quant_method}
     for name, mark in marks.items():

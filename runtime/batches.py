@@ -22,7 +22,7 @@ def rows_of(trainer: Any, batches: Any, epoch: int, update: int) -> list[str]:
     """
     steps = trainer.args.gradient_accumulation_steps
     numbers = _numbers(trainer, epoch, update * steps, len(batches)) or []
-    rows = [row for batch in batches if "input_ids" in batch for row in batch["input_ids"].tolist()]
+    rows = [row for batch in batches for row in _tokens(batch)]
     known = len(numbers) == len(rows)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     lines = []
@@ -33,6 +33,14 @@ def rows_of(trainer: Any, batches: Any, epoch: int, update: int) -> list[str]:
         others = ", ".join(trainer.row_name(n) for n in numbers[SHOWN:]) if known else f"{len(rows) - SHOWN} more"
         lines.append(f"  and {others}")
     return lines
+
+
+def _tokens(batch: Any) -> list[list[int]]:
+    """A batch's rows; of preferences the chosen answers alone."""
+    if "chosen_input_ids" in batch:  # ORPO
+        return batch["chosen_input_ids"].tolist()
+    rows = batch["input_ids"].tolist() if "input_ids" in batch else []
+    return rows[: len(rows) // 2] if "completion_mask" in batch else rows  # DPO: the chosen ones, then the others
 
 
 def _numbers(trainer: Any, epoch: int, first: int, count: int) -> list[int] | None:

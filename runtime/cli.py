@@ -273,15 +273,21 @@ def _loaded(*errors: tuple[str, str]) -> tuple[type[Any], ...]:
 
 
 def _settings() -> str:
-    from .config import TrainConfig, sft_fields
+    from .config import TrainConfig
+    from .trainer_settings import METHODS, trainer_settings
 
     width = max(map(len, TrainConfig.model_fields)) + 2
     lines = []
     for name, setting in TrainConfig.model_fields.items():
         default = "required" if setting.is_required() else f"default {setting.default}"
         lines.append(f"{name:<{width}}{setting.description}  [{default}]")
-    others = sorted(sft_fields() - set(TrainConfig.model_fields))
-    return "\n".join([*lines, "", "and of TRL's SFTConfig:", *textwrap.wrap(", ".join(others), 110)])
+    shown = set(TrainConfig.model_fields)
+    for method, (_, name) in METHODS.items():
+        others = sorted(trainer_settings(method).keys() - shown)
+        what = "and" if method == "sft" else f"with method {method}"
+        lines += ["", f"{what} of TRL's {name}:", *textwrap.wrap(", ".join(others), 110)]
+        shown |= set(others)
+    return "\n".join(lines)
 
 
 def _print(result: Any) -> None:

@@ -1,7 +1,8 @@
 """The settings of a training run: a YAML file, overridden by flags, checked before anything is loaded.
 
-Names are those of transformers and TRL. What is not listed here but is a field of TRL's ``SFTConfig``
-(``warmup_ratio``, ``packing``, ``save_steps``, …) is handed on to it under its own name.
+Names are those of transformers and TRL. What is not listed here but is a field of TRL's ``SFTConfig`` (or of
+``DPOConfig``, ``ORPOConfig``, as ``method`` says) is handed on to it under its own name: ``warmup_ratio``, ``packing``,
+``beta``, ``save_steps``, …
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from ..compiler.options import OptionError, Options
 from ..passes.recognise import RECOGNISERS
 from .problems import DataError
-from .sft_settings import problem, sft_settings
 from .templates import Template
+from .trainer_settings import METHODS, problem, trainer_settings
+
+PREFERENCE_LEARNING_RATE = 1e-5
+"""Unless one is given. What two answers differ in is little, and a policy that moves fast unlearns to write."""
 
 TEMPLATES = ("prompt_template", "completion_template", "system_template")
 
@@ -29,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class TrainConfig(BaseModel):
-    """Settings of ``unsloth train``. Unlisted names are those of TRL's ``SFTConfig``."""
+    """Settings of ``unsloth train``. Unlisted names are those of TRL's config for the method."""
 
     model_config = ConfigDict(extra="allow", validate_default=True)
 
@@ -39,10 +43,14 @@ class TrainConfig(BaseModel):
         "auto", description="Of the model's weights; auto is bfloat16 on a GPU and float32 on a CPU."
     )
     load_in_4bit: bool = Field(False, description="QLoRA: hold the frozen weights in NF4 (bitsandbytes).")
+    load_in_8bit: bool = Field(False, description="Hold the frozen weights in 8 bits, LLM.int8() (bitsandbytes).")
     trust_remote_code: bool = Field(
         False, description="Run Python code that the checkpoint brings along; as a flag only, never in a file."
     )
 
+    method: Literal["sft", "dpo", "orpo"] = Field(
+        "sft", description="sft learns to write the answers; dpo and orpo learn which of two answers to prefer."
+    )
     use_peft: bool = Field(True, description="Train LoRA adapters; false trains every parameter.")
     lora_r: int = Field(16, ge=1, description="Rank of the adapters.")
     lora_alpha: int = Field(16, ge=1, description="The adapters are scaled by alpha / rank.")
@@ -82,7 +90,9 @@ class TrainConfig(BaseModel):
     output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")
     overwrite: bool = Field(False, description="Replace a model that is already in output_dir.")
     sample_prompt: str | None = Field(None, description="A question to answer before and after training.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        2e-4, gt=0, description="Peak learning rate; unless given, 1e-5 where the method is dpo or orpo."
+    )
     per_device_train_batch_size: int = Field(2, ge=1, description="Rows per step and device.")
     max_length: int | None = Field(2048, ge=2, description="Longer rows are cut off at this many tokens.")
     logging_steps: float = Field(1, gt=0, description="Steps between two lines of the log.")
@@ -122,15 +132,19 @@ class TrainConfig(BaseModel):
         return self._places.get(name, f"--{name.replace('_', '-')}")
 
     @property
-    def sft(self) -> dict[str, Any]:
-        """The settings that are handed on to TRL's ``SFTConfig``."""
-        shared = {name: getattr(self, name) for name in type(self).model_fields if name in sft_fields()}
+    def prefers(self) -> bool:
+        """Whether rows are to be preference pairs: ``chosen`` and ``rejected``."""
+        return self.method != "sft"
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """The settings that are handed on to TRL's config."""
+        shared = {
+            name: getattr(self, name) for name in type(self).model_fields if name in trainer_settings(self.method)
+        }
+        if self.prefers and "learning_rate" not in self.model_fields_set:
+            shared["learning_rate"] = PREFERENCE_LEARNING_RATE
         return {**shared, "output_dir": str(self.output_dir), **(self.model_extra or {})}
-
-
-def sft_fields() -> frozenset[str]:
-    """Names of all settings of TRL's ``SFTConfig``, transformers' ``TrainingArguments`` included."""
-    return frozenset(sft_settings())
 
 
 def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
@@ -159,10 +173,13 @@ def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
             return f"--{name.replace('_', '-')}"
         return f"{path}:{lines[name]}" if name in lines else str(path or "the command line")
 
-    known = {*TrainConfig.model_fields, *sft_fields()}
-    problems = [f"{where(n)}: unknown setting {n!r}{_did_you_mean(n, known)}" for n in given if n not in known]
-    others = [name for name in given if name in sft_settings() and name not in TrainConfig.model_fields]
-    problems += [f"{where(n)}: {n} {wrong}" for n in others if (wrong := problem(n, given[n])) is not None]
+    method = given.get("method")
+    method = method if isinstance(method, str) and method in METHODS else "sft"  # the model says what is wrong with it
+    settings = trainer_settings(method)
+    known = {*TrainConfig.model_fields, *settings}
+    problems = [f"{where(n)}: {_unknown(n, method, known)}" for n in given if n not in known]
+    others = [name for name in given if name in settings and name not in TrainConfig.model_fields]
+    problems += [f"{where(n)}: {n} {wrong}" for n in others if (wrong := problem(n, given[n], method)) is not None]
     try:
         config = TrainConfig.model_validate(given)
     except ValidationError as error:
@@ -177,28 +194,50 @@ def read_config(path: Path | None, overrides: Mapping[str, Any] | None = None) -
 
 def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
     """Settings that are fine by themselves and do not go together."""
-    sft = config.sft
-    saves, evaluates = sft.get("save_strategy", "steps"), sft.get("eval_strategy", "no")
-    if config.load_in_4bit and not config.use_peft:
-        yield "load_in_4bit", "cannot be true without use_peft: 4-bit weights cannot be trained"
+    given = config.trainer
+    saves, evaluates = given.get("save_strategy", "steps"), given.get("eval_strategy", "no")
+    for bits in (4, 8):
+        if getattr(config, f"load_in_{bits}bit") and not config.use_peft:
+            yield f"load_in_{bits}bit", f"cannot be true without use_peft: {bits}-bit weights cannot be trained"
+    if config.load_in_4bit and config.load_in_8bit:
+        yield "load_in_8bit", "and load_in_4bit cannot both be true"
     if evaluates != "no" and config.eval_dataset_name is None:
         yield "eval_strategy", "needs an eval_dataset_name"
-    if sft.get("load_best_model_at_end") and saves not in (evaluates, "best"):
+    if given.get("load_best_model_at_end") and saves not in (evaluates, "best"):
         yield "load_best_model_at_end", f"needs eval_strategy and save_strategy to agree: {evaluates!r} and {saves!r}"
-    for word in _words(sft.get("report_to")):
+    for word in _words(given.get("report_to")):
         package = {"azure_ml": "azureml", "flyte": "flytekitplugins"}.get(word, word)
-        known = word in sft_settings()["report_to"].words and word not in ("none", "all")
+        known = word in trainer_settings()["report_to"].words and word not in ("none", "all")
         if known and importlib.util.find_spec(package) is None:
             yield "report_to", f"{word} needs its package: pip install {word}"
     if config.embedding_learning_rate is not None and config.use_peft and not config.modules_to_save:
         yield "embedding_learning_rate", "needs modules_to_save: [embed_tokens], without which nothing trains them"
-    if sft.get("packing") and config.max_length is None:
+    if given.get("packing") and config.max_length is None:
         yield "packing", "needs a max_length, to which rows are packed"
-    if sft.get("bf16") and sft.get("fp16"):
+    if given.get("bf16") and given.get("fp16"):
         yield "fp16", "and bf16 cannot both be true"
-    if (config.prompt_template is None) != (config.completion_template is None):
+    if config.prefers:
+        yield from _preferences(config)
+    elif (config.prompt_template is None) != (config.completion_template is None):
         there, missing = ("prompt", "completion") if config.prompt_template is not None else ("completion", "prompt")
         yield f"{there}_template", f"needs a {missing}_template beside it, such as '{{answer}}'"
+
+
+def _preferences(config: TrainConfig) -> Iterator[tuple[str, str]]:
+    """What does not go with ``method: dpo`` or ``orpo``, and TRL would find when the model is loaded, or never."""
+    given = config.trainer
+    if config.completion_template is not None:
+        yield "completion_template", f"is not for method {config.method}: its answers are the columns chosen, rejected"
+    losses = given.get("loss_type", ["sigmoid"])
+    count = 1 if isinstance(losses, str) else len(losses)
+    if (weights := given.get("loss_weights")) is not None and len(weights) != count:
+        yield "loss_weights", f"holds {len(weights)} numbers for {count} of loss_type"
+    if given.get("sync_ref_model") and config.use_peft:
+        yield "sync_ref_model", "needs use_peft: false; with adapters the reference is the model without them"
+    if given.get("sync_ref_model") and given.get("precompute_ref_log_probs"):
+        yield "sync_ref_model", "and precompute_ref_log_probs cannot both be true"
+    if given.get("generate_during_eval") and not any(map(importlib.util.find_spec, ("wandb", "comet_ml"))):
+        yield "generate_during_eval", "shows its texts in wandb or comet_ml: pip install wandb"
 
 
 def parse_flags(words: Sequence[str]) -> dict[str, Any]:
@@ -286,6 +325,13 @@ def _worded(error: Any, where: Any) -> str:
 
 def _words(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
+
+
+def _unknown(name: str, method: str, known: set[str]) -> str:
+    others = [other for other in METHODS if name in trainer_settings(other)]
+    if others:
+        return f"{name!r} is a setting of method {' and '.join(others)}, not of {method}"
+    return f"unknown setting {name!r}{_did_you_mean(name, known)}"
 
 
 def _did_you_mean(name: str, known: set[str]) -> str:

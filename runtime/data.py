@@ -17,6 +17,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from .formats import BATCH, FORMATS, Item, Source, read_dataset, read_file
+from .preference_rows import detect_preferences
 from .problems import BadRow, DataError, Problems, shown
 from .rows import Shape, Templates, detect, unchatted
 
@@ -85,6 +86,7 @@ def load_data(
     text_field: str = "text",
     templates: Templates | None = None,
     strict: bool = False,
+    preferences: bool = False,
 ) -> Data:
     """Load a data set, find out what its rows are, and bring them into a form that TRL reads.
 
@@ -95,12 +97,13 @@ def load_data(
         text_field: the column that holds plain text.
         templates: how columns become a prompt and its completion, where their names do not say it.
         strict: refuse the data when a row cannot be used, instead of leaving it out.
+        preferences: rows are pairs of answers, see :mod:`.preference_rows`.
 
     Raises:
         DataError: naming what was looked for and what was found instead, with file and row where it is a row.
     """
     try:
-        return _load(_open(name, config, split), text_field, templates or Templates(), strict)
+        return _load(_open(name, config, split), text_field, templates or Templates(), strict, preferences)
     except UnicodeDecodeError as error:  # of UTF-16; what is wrong in UTF-8 costs its row only
         raise DataError(
             f"data set {name!r} cannot be read: {error.encoding}, {error.reason}; save it as UTF-8"
@@ -109,14 +112,15 @@ def load_data(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
 
 
-def _load(source: Source, text_field: str, templates: Templates, strict: bool) -> Data:
+def _load(source: Source, text_field: str, templates: Templates, strict: bool, preferences: bool) -> Data:
     name = source.name
     first, columns, problems, found = _first(source, templates)
     if not found:
         if problems.count:
             raise DataError(f"data set {name!r} cannot be read: none of its {problems.count:,} rows can\n{problems}")
         raise DataError(f"data set {name!r} has no rows")
-    shape = detect(name, columns, found, templates=templates, text_field=text_field)
+    find = detect_preferences if preferences else detect
+    shape = find(name, columns, found, templates=templates, text_field=text_field)
     if shape.name == "tokens" and source.table is not None:
         rows, problems, numbers = source.table, Problems(), ()  # made for training: as it is, in its place on the disk
     else:
@@ -177,6 +181,7 @@ def preview(
     text_field: str = "text",
     templates: Templates | None = None,
     strict: bool = False,
+    preferences: bool = False,
 ) -> Preview:
     """The first rows of what :func:`load_data` would load, in the time that they take.
 
@@ -196,7 +201,8 @@ def preview(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
     if not found:
         raise DataError(f"data set {name!r} has no rows" + (f" that can be read\n{problems}" if problems.count else ""))
-    shape = detect(name, columns, found, templates=templates, text_field=text_field)
+    find = detect_preferences if preferences else detect
+    shape = find(name, columns, found, templates=templates, text_field=text_field)
     problems = Problems()
     rows = list(_sound(name, first, shape, problems, array("Q")))
     if problems.count and (strict or not rows):
@@ -227,7 +233,7 @@ def load_rows(name: str, *, config: str | None = None, split: str = "train", tex
 
 def is_conversational(rows: Dataset) -> bool:
     """Whether rows hold messages, which need a chat template, and not finished text."""
-    return any(isinstance(rows[0].get(column), list) for column in ("messages", "prompt", "completion"))
+    return any(isinstance(rows[0].get(column), list) for column in ("messages", "prompt", "completion", "chosen"))
 
 
 def _open(name: str, config: str | None, split: str) -> Source:

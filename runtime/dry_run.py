@@ -83,12 +83,14 @@ def _continued(name: str, text: str) -> list[tuple[str, str]]:
 
 def _data(config: TrainConfig) -> list[tuple[str, Callable[[], Preview]]]:
     shared: dict[str, Any] = {
-        "text_field": config.sft.get("dataset_text_field", "text"),
+        "text_field": config.trainer.get("dataset_text_field", "text"),
         "strict": config.strict_data,
+        "preferences": config.prefers,
     }
 
     def look(name: str, sheet: str | None) -> Preview:
-        templates = Templates.parse(config.prompt_template, config.completion_template, config.system_template)
+        given = (config.prompt_template, config.completion_template, config.system_template)
+        templates = Templates.parse(*given, preferences=config.prefers)
         return preview(name, config=sheet, templates=templates, **shared)
 
     found = [("dataset_name", lambda: look(config.dataset_name, config.dataset_config))]
@@ -136,7 +138,7 @@ def _tokenizer(config: TrainConfig, data: Preview | None) -> Any:
     if config.gguf_file or config.model_name_or_path.endswith(".gguf"):
         return None  # takes seconds to read
     template = None if config.chat_template is None else chat_template(config.chat_template)
-    chats = data is not None and data.is_chat and template is None and "chat_template_path" not in config.sft
+    chats = data is not None and data.is_chat and template is None and "chat_template_path" not in config.trainer
     tokenizer = load_tokenizer(config.model_name_or_path, require_chat_template=chats)
     if template is not None:
         tokenizer.chat_template = template
@@ -148,36 +150,40 @@ def _example(tokenizer: Any, data: Preview) -> str | None:
     row = data.first
     if tokenizer is None or row is None or "input_ids" in row:
         return None
-    messages = row.get("messages") or [*row.get("prompt", ""), *row.get("completion", "")]
+    answer = row.get("chosen", row.get("completion", ""))
+    messages = row.get("messages") or [*row.get("prompt", ""), *answer]
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):
         if not tokenizer.chat_template:
             return None
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     else:
-        text = row.get("text") or row["prompt"] + row["completion"]
+        text = row.get("text") or row["prompt"] + answer
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     return f"{tokens:,} tokens\n{text[:SHOWN]}{' …' if len(text) > SHOWN else ''}"
 
 
 def _training(config: TrainConfig) -> str:
-    sft = config.sft
+    given = config.trainer
     modules = config.lora_target_modules
     layers = modules if isinstance(modules, str) else ", ".join(modules)
     what = f"LoRA of rank {config.lora_r} on {layers}" if config.use_peft else "all parameters"
-    weights = "4-bit weights, " if config.load_in_4bit else ""
-    batch, steps = config.per_device_train_batch_size, sft.get("gradient_accumulation_steps", 1)
+    weights = "4-bit weights, " if config.load_in_4bit else "8-bit weights, " if config.load_in_8bit else ""
+    batch, steps = config.per_device_train_batch_size, given.get("gradient_accumulation_steps", 1)
     length = f"at most {config.max_length:,} tokens a row" if config.max_length else "rows of any length"
-    epochs = f"{sft.get('num_train_epochs', 3):g} epochs"
-    duration = f"{sft['max_steps']:,} steps" if sft.get("max_steps", -1) > 0 else epochs
+    epochs = f"{given.get('num_train_epochs', 3):g} epochs"
+    duration = f"{given['max_steps']:,} steps" if given.get("max_steps", -1) > 0 else epochs
+    method = f"{config.method.upper()} with beta {given.get('beta', 0.1):g}: " if config.prefers else ""
+    rows = "pairs" if config.prefers else "rows"
     return (
-        f"{what}, {weights}{batch} × {steps} rows a step, {length}, {duration}, learning rate {config.learning_rate:g}"
+        f"{method}{what}, {weights}{batch} × {steps} {rows} a step, {length}, {duration}, "
+        f"learning rate {given['learning_rate']:g}"
     )
 
 
 def _device(config: TrainConfig) -> str:
     import torch
 
-    if config.sft.get("use_cpu") or not torch.cuda.is_available():
-        return "cpu" + ("" if config.sft.get("use_cpu") else " (torch sees no GPU)")
+    if config.trainer.get("use_cpu") or not torch.cuda.is_available():
+        return "cpu" + ("" if config.trainer.get("use_cpu") else " (torch sees no GPU)")
     card = torch.cuda.get_device_properties(0)
     return f"{card.name}, {card.total_memory / 2**30:.0f} GiB"

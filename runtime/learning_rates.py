@@ -6,11 +6,17 @@ arXiv:2402.12354) gives B a rate that is a fixed multiple of A's, because B star
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
 
 
 def set_learning_rates(
@@ -53,6 +59,19 @@ def set_learning_rates(
             parts.setdefault(own, []).append(parameter)
         groups += [{**group, "params": parameters, "lr": own} for own, parameters in parts.items()]
     optimizer.param_groups[:] = groups
+
+
+class LearningRates(_Base):
+    """Mixin before a ``transformers.Trainer``, whose optimiser it splits."""
+
+    _rates: Mapping[str, float | None] = MappingProxyType({})  # of set_learning_rates
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and any(rate is not None for rate in self._rates.values()):
+            set_learning_rates(optimizer, self.model, **self._rates)  # type: ignore[arg-type]
+        return optimizer
 
 
 def _embeddings(model: Any) -> Iterable[nn.Parameter]:

@@ -38,7 +38,7 @@ def check_output(config: TrainConfig, *, make: bool = True) -> Path:
     done = [n for n in ("adapter_config.json", "config.json") if (folder / n).exists()]
     if done and not config.overwrite:
         raise OutputError(f"output_dir {folder} already holds a model ({done[0]}); choose another, or set overwrite")
-    resume = config.sft.get("resume_from_checkpoint")
+    resume = config.trainer.get("resume_from_checkpoint")
     if resume and not (checkpoints.checkpoints(folder) if resume is True else Path(str(resume)).exists()):
         wanted = f"checkpoint in {folder}" if resume is True else f"checkpoint {resume}"
         raise checkpoints.CheckpointError(f"there is no {wanted} to resume from")
@@ -74,4 +74,4 @@ def check_space(config: TrainConfig, model: Any) -> None:
 
 def save_strategy(config: TrainConfig) -> str:
     """Adapters are small; a checkpoint of all parameters with Adam's moments is three times the model."""
-    return str(config.sft.get("save_strategy", "steps" if config.use_peft else "no"))
+    return str(config.trainer.get("save_strategy", "steps" if config.use_peft else "no"))

@@ -7,21 +7,31 @@ norm: where the arithmetic is. The policy and its reference (the same weights wi
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pyarrow.compute
+import torch
 import trl
+from datasets import Dataset
 
 from ..compiler.backend import compile_graph
 from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
+from .finite import TrainingError
+from .learning_rates import LearningRates
+from .neftune import Neftune
+from .pace import Pace
 from .sturdy import Sturdy
-from .trainer import CHECKPOINTING, leave_recomputation_to_the_planner
+from .trainer import CHECKPOINTING, Truncated, leave_recomputation_to_the_planner
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")  # as far as ORPO goes, we know
+    from trl.experimental.orpo import ORPOConfig
     from trl.experimental.orpo import ORPOTrainer as _ORPOTrainer
 
 if TYPE_CHECKING:
@@ -30,11 +40,16 @@ else:
     _Base = object
 
 
-class _CompiledBody(_Base):
+class _CompiledBody(Neftune, LearningRates, _Base):
     """Mixin before one of TRL's trainers.
 
-    Takes what that takes, by name, ``options`` for the backend, and ``compile=False`` to run eagerly.
-    ``gradient_checkpointing`` is accepted and left to the memory planner.
+    Takes what that takes, by name, ``options`` for the backend, ``compile=False`` to run eagerly, and learning rates as
+    :class:`~unsloth.runtime.trainer.SFTTrainer` does. ``gradient_checkpointing`` is accepted and left to the memory
+    planner.
+
+    Attributes:
+        pace: tokens (of both answers) per second and the time of the first step, compilation included.
+        truncated: as the SFT trainer's, for "train" and "eval".
     """
 
     model: Any
@@ -46,10 +61,14 @@ class _CompiledBody(_Base):
         args: Any,
         compile: bool = True,
         options: Mapping[str, Any] | None = None,
+        embedding_learning_rate: float | None = None,
+        loraplus_lr_ratio: float | None = None,
         **others: Any,
     ) -> None:
+        self._rates = {"embedding": embedding_learning_rate, "loraplus_ratio": loraplus_lr_ratio}
         self.options = Options.parse(options or {})
         self._reports: list[GraphReport] = []
+        self.truncated: dict[str, Truncated] = {}
         args = copy.copy(args)
         for name in CHECKPOINTING:
             if hasattr(args, name):
@@ -57,6 +76,7 @@ class _CompiledBody(_Base):
         args.logging_nan_inf_filter = False
         super().__init__(model=model, args=args, **others)
         leave_recomputation_to_the_planner(self.model)
+        self.pace = Pace()
         if compile:
             for each in (self.model, getattr(self, "ref_model", None)):
                 if each is not None:
@@ -69,6 +89,28 @@ class _CompiledBody(_Base):
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         whole.get_decoder().compile(backend=backend)
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        started, graphs = time.perf_counter(), len(self._reports)
+        masks = [value.sum() for name, value in inputs.items() if name.endswith("attention_mask")]
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory: {str(error).splitlines()[0]}. A smaller per_device_train_batch_size with as much more "
+                "gradient_accumulation_steps is the same batch; a smaller max_length, or load_in_4bit, needs less"
+            ) from None
+        self.pace.after_step(sum(masks), started if len(self._reports) > graphs else None)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.pace.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.model.training and "loss" in logs and (rate := self.pace.lap()) is not None:
+            logs["tokens_per_second"] = round(rate, 1)
+        super().log(logs, *args, **kwargs)
+
     @property
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
@@ -76,8 +118,46 @@ class _CompiledBody(_Base):
 
 
 class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
-    """TRL's ``DPOTrainer`` (Rafailov et al. 2023, arXiv:2305.18290): rows of ``prompt``, ``chosen``, ``rejected``."""
+    """TRL's ``DPOTrainer`` (Rafailov et al. 2023, arXiv:2305.18290): rows of ``prompt``, ``chosen``, ``rejected``.
+
+    The reference of a model with fresh adapters is the model without them. Adapters that have learnt something already
+    are copied by TRL, and the copy is the reference.
+    """
+
+    def __init__(self, model: Any, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        if "ref" in getattr(self.model, "peft_config", {}) and _is_fresh(self.model):
+            self.model.delete_adapter("ref")  # TRL then computes without adapters, which is less, and the same
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        prepared: Any = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.max_length is not None and isinstance(dataset, Dataset):
+            lengths = [_lengths(prepared, f"{name}_ids") for name in ("prompt", "chosen", "rejected")]
+            longest = lengths[0] + np.maximum(lengths[1], lengths[2])
+            gone = len(dataset) - len(prepared)
+            self.truncated[dataset_name] = Truncated(int((longest > args.max_length).sum()) + gone, len(dataset), gone)
+        return prepared
 
 
 class ORPOTrainer(Sturdy, _CompiledBody, _ORPOTrainer):
     """TRL's ``ORPOTrainer`` (Hong et al. 2024, arXiv:2403.07691), which needs no reference."""
+
+
+TRAINERS = {"dpo": (DPOTrainer, trl.DPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
+"""By the name of the method: our trainer and TRL's configuration."""
+
+
+def _is_fresh(model: Any) -> bool:
+    """Whether adapters change nothing yet: B of each is zero, and nothing else is trained."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    first, second = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
+    if not all(any(part in name for part in (*first, *second)) for name in trained):
+        return False
+    return not any(bool(p.any()) for name, p in trained.items() if any(part in name for part in second))
+
+
+def _lengths(dataset: Dataset, column: str) -> np.ndarray:
+    """Tokens in each row; by the dataset's own order, which is not that of its table after a filter."""
+    rows: Any = dataset.with_format("arrow")[:][column]
+    compute: Any = pyarrow.compute
+    return compute.list_value_length(rows).to_numpy()

@@ -126,6 +126,17 @@ def check(tokenizer: Any, rows: Sequence[Mapping[str, Any]], made: Sequence[Mapp
             raise DataError(f"the answer {shown(missing[0])} would not be trained on, but {shown(learnt, 80)}")
 
 
+def learnt(row: Mapping[str, Any]) -> list[tuple[str, Sequence[int], Sequence[int]]]:
+    """What a trainer made of a row: (name, tokens, labels), one of SFT, and of preferences one for either answer."""
+    if "chosen_ids" in row:  # DPO
+        prompt = row["prompt_ids"]
+        answers = [(name, row[f"{name}_ids"]) for name in ("chosen", "rejected")]
+        return [(name, [*prompt, *answer], [-100] * len(prompt) + list(answer)) for name, answer in answers]
+    if "chosen_input_ids" in row:  # ORPO
+        return [(name, row[f"{name}_input_ids"], row[f"{name}_labels"]) for name in ("chosen", "rejected")]
+    return [("first row", row["input_ids"], row.get("labels", row["input_ids"]))]
+
+
 def coloured(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *, plain: bool) -> Text:
     """A row with what is trained on in green; on a console without colours in «quotes»."""
     text = Text()

@@ -9,6 +9,7 @@ a prompt and completion     prompt, completion (texts or messages)      the same
 Alpaca                      instruction, output; input, system          prompt, completion (one message each)
 a question and its answer   question/query/…, answer/response/…         likewise
 templates                   whatever they name                          likewise
+preferences                 chosen, rejected                            see :mod:`.preference_rows`
 plain text                  text                                        text
 tokens                      input_ids                                   the same
 ==========================  ==========================================  =================================
@@ -73,13 +74,20 @@ class Templates:
     system: Template | None = None
 
     @classmethod
-    def parse(cls, prompt: str | None = None, completion: str | None = None, system: str | None = None) -> Templates:
-        """Read the settings.
+    def parse(
+        cls,
+        prompt: str | None = None,
+        completion: str | None = None,
+        system: str | None = None,
+        *,
+        preferences: bool = False,
+    ) -> Templates:
+        """Read the settings. Preferences have their two answers in columns, and only their prompt may be a template.
 
         Raises:
             DataError: naming the setting that is missing, or what is wrong in a template.
         """
-        if (prompt is None) != (completion is None):
+        if not preferences and (prompt is None) != (completion is None):
             there, missing = ("prompt", "completion") if completion is None else ("completion", "prompt")
             raise DataError(f"{there}_template needs a {missing}_template beside it, such as '{{answer}}'")
         return cls(*(None if text is None else Template.parse(text) for text in (prompt, completion, system)))
@@ -130,6 +138,10 @@ def detect(
         used = tuple(column for column in columns if column in templates.columns)
         return Shape("by templates", used, _pair(templates.prompt, templates.completion, templates.system), gap="")
     shape = _detect(columns, sample, templates.system, text_field)
+    if shape is None and {"chosen", "rejected"} <= set(columns):
+        raise DataError(
+            f"data set {name!r} holds preference pairs (chosen, rejected): method: dpo (or orpo) trains on them"
+        )
     if shape is None:
         wanted = "; ".join(f"{text_field if c == 'text' else c} ({form})" for c, form in FORMS.items())
         raise DataError(
@@ -163,7 +175,7 @@ def _detect(columns: Sequence[str], sample: Sequence[Row], system: Template | No
         return Shape("plain text", (text_field,), _plain(text_field))
     if {"prompt", "completion"} <= set(columns):
         return Shape("a prompt and its completion", there("prompt", "completion", *BESIDE), _prompt_completion(sample))
-    system = system or _column(system_column, optional=True)
+    system = system or column_template(system_column, optional=True)
     pairs = [("Alpaca", "instruction", "input", ("output",)), ("Alpaca", "instruction", "context", ("response",))]
     for form, question, more, answers in pairs:
         if question in by_name and (answer := first_of(answers)):
@@ -183,15 +195,15 @@ def _detect(columns: Sequence[str], sample: Sequence[Row], system: Template | No
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
 
-def _column(name: str, *, optional: bool = False, before: str = "") -> Template:
+def column_template(name: str, *, optional: bool = False, before: str = "") -> Template:
     return Template((Part(((before, name),), optional),), numbers=False)
 
 
 def _pairs(question: str, more: str | None, answer: str, system: Template) -> Callable[[Row], dict[str, Any]]:
-    prompt = _column(question)
+    prompt = column_template(question)
     if more is not None:
-        prompt = Template((*prompt.parts, *_column(more, optional=True, before="\n\n").parts), numbers=False)
-    return _pair(prompt, _column(answer), system)
+        prompt = Template((*prompt.parts, *column_template(more, optional=True, before="\n\n").parts), numbers=False)
+    return _pair(prompt, column_template(answer), system)
 
 
 def _pair(prompt: Template, completion: Template, system: Template | None) -> Callable[[Row], dict[str, Any]]:
@@ -211,28 +223,28 @@ def _pair(prompt: Template, completion: Template, system: Template | None) -> Ca
 
 
 def unchatted(row: Row, gap: str) -> dict[str, str]:
-    """A pair as plain texts, for a model without a chat template."""
+    """A pair (or a preference) as plain texts, for a model without a chat template."""
     *opening, question = (message["content"] for message in row["prompt"])
     prompt = "".join(text + "\n\n" for text in opening) + question + gap
-    return {"prompt": prompt, "completion": row["completion"][0]["content"]}
+    return {"prompt": prompt, **{name: row[name][0]["content"] for name in row if name != "prompt"}}
 
 
 def _prompt_completion(sample: Sequence[Row]) -> Callable[[Row], dict[str, Any]]:
     """Texts or messages, as the first row has them: a column holds one of the two."""
 
     def texts(row: Row) -> dict[str, Any]:
-        return {column: _required(row, column) for column in ("prompt", "completion")}
+        return {column: required(row, column) for column in ("prompt", "completion")}
 
     def messages(row: Row) -> dict[str, Any]:
-        prompt, completion = (_turns(_unpacked(row.get(column)), column) for column in ("prompt", "completion"))
-        _check_assistant(completion)
-        return {"prompt": prompt, "completion": completion, **_beside(row)}
+        prompt, completion = (turns_of(unpacked(row.get(column)), column) for column in ("prompt", "completion"))
+        check_assistant(completion)
+        return {"prompt": prompt, "completion": completion, **beside(row)}
 
     first = next((row["completion"] for row in sample if row.get("completion") is not None), None)
     return messages if isinstance(first, list) else texts
 
 
-def _required(row: Row, column: str) -> str:
+def required(row: Row, column: str) -> str:
     text = column_text(row.get(column), column)
     if text is None:
         raise BadRow(nothing(row, column))
@@ -243,7 +255,7 @@ def _required(row: Row, column: str) -> str:
 
 
 def _plain(column: str) -> Callable[[Row], dict[str, Any]]:
-    return lambda row: {column: _required(row, column)}
+    return lambda row: {column: required(row, column)}
 
 
 def _tokens(row: Row) -> dict[str, Any]:
@@ -262,14 +274,14 @@ def _conversation(column: str, sample: Sequence[Row]) -> str | None:
     """Whether a column holds conversations, by the first row that shows it."""
     values = [row[column] for row in sample if row.get(column) is not None]
     for value in values:
-        messages = _unpacked(value)
+        messages = unpacked(value)
         if isinstance(messages, list) and messages and isinstance(messages[0], dict):
             return "ShareGPT" if "from" in messages[0] else "a conversation"
     # Strings are another thing called messages; nothing at all is no reason to look for another shape.
     return None if any(isinstance(value, str) for value in values) else "a conversation"
 
 
-def _unpacked(value: Any) -> Any:
+def unpacked(value: Any) -> Any:
     """Messages as JSON, which is how a CSV file or a sheet holds them."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -281,17 +293,17 @@ def _unpacked(value: Any) -> Any:
 
 def _messages(column: str, system: str) -> Callable[[Row], dict[str, Any]]:
     def convert(row: Row) -> dict[str, Any]:
-        messages = _turns(_unpacked(row.get(column)), column)
+        messages = turns_of(unpacked(row.get(column)), column)
         rules = column_text(row.get(system), system)
         if rules is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": rules}, *messages]
-        _check_assistant(messages)
-        return {"messages": messages, **_beside(row)}
+        check_assistant(messages)
+        return {"messages": messages, **beside(row)}
 
     return convert
 
 
-def _turns(value: Any, column: str) -> list[dict[str, Any]]:
+def turns_of(value: Any, column: str) -> list[dict[str, Any]]:
     if value is None:
         raise BadRow(f"column {column!r} is null")
     if not isinstance(value, list):
@@ -331,10 +343,10 @@ def _content(value: Any, where: str) -> str:
     return value
 
 
-def _check_assistant(messages: Sequence[Row]) -> None:
+def check_assistant(messages: Sequence[Row]) -> None:
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("no message is the assistant's: there is nothing to learn")
 
 
-def _beside(row: Row) -> dict[str, Any]:
+def beside(row: Row) -> dict[str, Any]:
     return {column: row[column] for column in BESIDE if row.get(column) is not None}

@@ -150,6 +150,8 @@ class Sturdy(_Base):
             sums._total_loss_scalar = -progress.losses  # train_loss is the mean of this call's steps
             sums._globalstep_last_logged = progress.logged_at
             self.state.total_flos = progress.flos
+            # transformers has read from the checkpoint how often to log, evaluate and save: what is asked now wins.
+            self.state.compute_steps(self.args, self.state.max_steps)
             if hasattr(sums, "_metrics"):
                 sums._metrics["train"].update({name: list(values) for name, values in progress.metrics.items()})
                 sums._total_train_tokens = progress.tokens

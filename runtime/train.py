@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
 from .trainer import SFTTrainer
+
+REFERENCE = "ref"
+"""TRL's name for the adapter that a policy is compared with."""
 
 
 class SavingError(OSError):
@@ -103,9 +107,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     set_seed(config.seed)
     check_output(config)
     data = _data(config)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.sft.get("use_cpu") else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu")
     template = None if config.chat_template is None else chat_template(config.chat_template)
-    has_template = template is not None or "chat_template_path" in config.sft
+    has_template = template is not None or "chat_template_path" in config.trainer
     with console.status(f"loading {config.model_name_or_path}"):
         tokenizer = load_tokenizer(
             config.model_name_or_path,
@@ -119,13 +123,14 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
             data = [d.without_chat() if d.is_pairs else d for d in data]
         model = _model(config, device)
     check_space(config, model)
-    if config.sft.get("assistant_only_loss"):
+    if config.trainer.get("assistant_only_loss"):
         data = [_answers_only(each, tokenizer, config.strict_data) for each in data]
     for each in data:
         console.print(str(each), markup=False, highlight=False, soft_wrap=True)
-    trainer = SFTTrainer(
+    trainer_class, config_class = _trainer(config)
+    trainer = trainer_class(
         model,
-        trl.SFTConfig(**_precision(config, device), **_unlogged(config), use_cpu=device.type == "cpu"),
+        args=config_class(**_precision(config, device), **_unlogged(config), use_cpu=device.type == "cpu"),
         train_dataset=data[0].rows,
         eval_dataset=data[1].rows if len(data) > 1 else None,
         processing_class=tokenizer,
@@ -135,8 +140,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         loraplus_lr_ratio=config.loraplus_lr_ratio,
         cuda_graphs=config.cuda_graphs,
     )
-    prepared: Any = trainer.train_dataset
-    if len(prepared) == len(data[0].rows) and not trainer.args.packing and not trainer.args.shuffle_dataset:
+    moved = any(getattr(trainer.args, name, False) for name in ("packing", "shuffle_dataset"))
+    if len(trainer.train_dataset) == len(data[0].rows) and not moved:
         trainer.row_name = data[0].row_name
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console))
@@ -148,7 +153,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     before = _held_out_loss(trainer, console)
     history = list(trainer.state.log_history)  # training starts it anew
     try:
-        trainer.train(resume_from_checkpoint=config.sft.get("resume_from_checkpoint"))
+        trainer.train(resume_from_checkpoint=config.trainer.get("resume_from_checkpoint"))
     except (KeyboardInterrupt, SystemExit):
         console.print(_stopped(trainer), markup=False, highlight=False, soft_wrap=True)
         raise
@@ -174,12 +179,24 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     return result
 
 
+def _trainer(config: TrainConfig) -> tuple[Any, Any]:
+    """The trainer of a method, and TRL's configuration for it."""
+    if config.method == "sft":
+        return SFTTrainer, trl.SFTConfig
+    from . import preferences  # imports more of TRL, which costs a second
+
+    return preferences.TRAINERS[config.method]
+
+
 def _data(config: TrainConfig) -> list[Data]:
     """What to train on and, if there is, what to evaluate on."""
     shared: dict[str, Any] = {
-        "text_field": config.sft.get("dataset_text_field", "text"),
-        "templates": Templates.parse(config.prompt_template, config.completion_template, config.system_template),
+        "text_field": config.trainer.get("dataset_text_field", "text"),
+        "templates": Templates.parse(
+            *(config.prompt_template, config.completion_template, config.system_template), preferences=config.prefers
+        ),
         "strict": config.strict_data,
+        "preferences": config.prefers,
     }
     name, split = config.dataset_name, config.dataset_train_split
     data = [load_data(name, config=config.dataset_config, split=split, **shared)]
@@ -211,14 +228,11 @@ def _answers_only(data: Data, tokenizer: Any, strict: bool) -> Data:
     return replace(data, rows=Dataset.from_list(made), numbers=numbers)
 
 
-def _show_first_row(trainer: SFTTrainer, tokenizer: Any, console: Console) -> None:
+def _show_first_row(trainer: Any, tokenizer: Any, console: Console) -> None:
     """What the model sees of the first row, and what it learns of it; and what was cut off."""
-    row: Any = next(iter(trainer.train_dataset))  # type: ignore[arg-type]
-    labels = row.get("labels", row["input_ids"])
-    console.print("first row   ", end="")
-    console.print(
-        responses.coloured(tokenizer, row["input_ids"], labels, plain=not console.is_terminal), soft_wrap=True
-    )
+    for name, ids, labels in responses.learnt(next(iter(trainer.train_dataset))):
+        console.print(f"{name:<12}", end="")
+        console.print(responses.coloured(tokenizer, ids, labels, plain=not console.is_terminal), soft_wrap=True)
     for name, cut in trainer.truncated.items():
         if cut.rows:
             gone = f", and {cut.dropped:,} dropped, of which nothing is left to train on" if cut.dropped else ""
@@ -235,7 +249,7 @@ def _model(config: TrainConfig, device: torch.device) -> Any:
         config.model_name_or_path,
         dtype=_weights(config, device),
         device=device,
-        quantise="nf4" if config.load_in_4bit else None,
+        quantise="nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
     )
@@ -264,7 +278,7 @@ def _weights(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
     """Autocast on a GPU, unless everything is in one dtype already or the user says."""
-    given = {name: config.sft[name] for name in ("bf16", "fp16") if name in config.sft}
+    given = {name: config.trainer[name] for name in ("bf16", "fp16") if name in config.trainer}
     if given:
         return {"bf16": False, "fp16": False, **given}
     uniform = not config.autocast_adapter_dtype or config.dtype == "float32"
@@ -275,7 +289,7 @@ def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
 def _unlogged(config: TrainConfig) -> dict[str, Any]:
     """The trainer's own settings, without its bars."""
     saving = {"save_strategy": save_strategy(config), "save_total_limit": 2}
-    settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.sft}
+    settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.trainer}
     return {
         name: value
         for name, value in settings.items()
@@ -283,7 +297,7 @@ def _unlogged(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _stopped(trainer: SFTTrainer) -> str:
+def _stopped(trainer: Any) -> str:
     saved = checkpoints.checkpoints(Path(str(trainer.args.output_dir)))
     step = trainer.state.global_step
     if not saved or checkpoints.step_of(saved[0]) < step:
@@ -291,7 +305,7 @@ def _stopped(trainer: SFTTrainer) -> str:
     return f"stopped at step {step}: {saved[0]}; --resume-from-checkpoint true goes on from there"
 
 
-def _held_out_loss(trainer: SFTTrainer, console: Console) -> float | None:
+def _held_out_loss(trainer: Any, console: Console) -> float | None:
     if trainer.eval_dataset is None:
         return None
     with console.status("loss on the held-out rows"):
@@ -310,7 +324,8 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
             chat = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
-        generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, use_cache=True)
+        with torch.compiler.set_stance("force_eager"):  # a body that is compiled for training would be once a token
+            generated = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, use_cache=True)
     finally:
         model.train(was_training)
     return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -319,12 +334,13 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def _save(trainer: SFTTrainer, result: TrainResult) -> None:
+def _save(trainer: Any, result: TrainResult) -> None:
     """Write everything beside its place and move it there when it is whole."""
     folder = result.output_dir
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
         aside = Path(name)
         trainer.save_model(str(aside))
+        shutil.rmtree(aside / REFERENCE, ignore_errors=True)  # the adapter that DPO started from, if from one
         (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
         plot_loss(result.history, aside / "loss.png")
         for path in sorted(aside.iterdir()):

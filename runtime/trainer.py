@@ -28,7 +28,8 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of
-from .learning_rates import set_learning_rates
+from .learning_rates import LearningRates
+from .neftune import Neftune
 from .pace import Pace
 from .recorded import Guards, Recorder
 from .smaller import SmallerBatches
@@ -116,7 +117,7 @@ class Truncated(NamedTuple):
     dropped: int
 
 
-class SFTTrainer(Sturdy, trl.SFTTrainer):
+class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     """TRL's ``SFTTrainer`` with the compiled step.
 
     Takes everything that TRL's does, and ``options`` for the backend (see
@@ -187,13 +188,6 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
         )
         if not self._plain_loss:
             logger.warning("this loss is not compiled: only the default loss (nll without label smoothing) is")
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and any(rate is not None for rate in self._rates.values()):
-            set_learning_rates(optimizer, self.model, **self._rates)
-        return optimizer
 
     @property
     def explanation(self) -> Explanation:
@@ -273,7 +267,7 @@ class SFTTrainer(Sturdy, trl.SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
         step = super().training_step
-        if self._plain_loss and self.args.world_size == 1:  # several processes would have to agree on it
+        if self._plain_loss and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share

@@ -27,7 +27,9 @@ def split_norms(graph: fx.Graph) -> None:
             continue
         with graph.inserting_after(_last(parts.values())):
             norm = graph.call_function(rms_norm.overload, (parts[0], *others))
-        norm.meta = {**node.meta, "val": tuple(node.meta["val"][1:]), SPLIT: True}
+        # What the sum was called with says nothing about the norm, and Inductor lays out arguments by it.
+        inherited = {name: value for name, value in node.meta.items() if name != "eager_input_vals"}
+        norm.meta = {**inherited, "val": tuple(node.meta["val"][1:]), SPLIT: True}
         copies = _parts(graph, norm)
         for old, new in ((1, 0), (2, 1)):
             parts[old].replace_all_uses_with(copies[new])

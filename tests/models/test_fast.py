@@ -112,7 +112,8 @@ def test_full_finetuning(caplog):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"load_in_8bit": True}, ModelError, "8-bit weights are not supported"),
+        ({"load_in_8bit": True, "load_in_4bit": True}, ModelError, "load_in_4bit and load_in_8bit cannot both be"),
+        ({"load_in_8bit": True, "full_finetuning": True}, ModelError, "8-bit weights cannot be trained"),
         ({"load_in_4bit": True, "full_finetuning": True}, ModelError, "4-bit weights cannot be trained"),
         ({"max_seq_len": 1}, TypeError, "no argument 'max_seq_len', did you mean 'max_seq_length'"),
         ({"zzz": 1}, TypeError, "no argument 'zzz'; arguments are device_map, dtype"),

@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_quantised_otherwise(copy_of):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantised already, by gptq"):
         load_model(str(folder), quantise="nf4")
-    with pytest.raises(ModelError, match="cannot quantise to 'int3'"):
+    with pytest.raises(ModelError, match="cannot quantise to 'int3': 'nf4' and 'int8' are"):
         load_model(str(folder), quantise="int3")
 
 

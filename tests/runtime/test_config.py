@@ -21,8 +21,10 @@ def test_a_file_and_flags_over_it(tmp_path) -> None:
     path = file(tmp_path, NEEDED + "learning_rate: 2e-4\nlora_r: 8\noptions: {memory_budget: 3GiB}\n")
     config = read_config(path, parse_flags(["--lora-r", "32", "--packing", "--max-steps=20", "--model", "llama-1b"]))
     assert (config.model_name_or_path, config.lora_r, config.learning_rate) == ("llama-1b", 32, 2e-4)
-    assert config.sft["packing"] is True and config.sft["max_steps"] == 20 and config.sft["max_length"] == 2048
-    assert "lora_r" not in config.sft and config.options == {"memory_budget": "3GiB"}
+    assert (
+        config.trainer["packing"] is True and config.trainer["max_steps"] == 20 and config.trainer["max_length"] == 2048
+    )
+    assert "lora_r" not in config.trainer and config.options == {"memory_budget": "3GiB"}
 
 
 def test_flags_alone() -> None:
@@ -77,7 +79,7 @@ def test_templates_are_text_and_not_yaml(tmp_path) -> None:
     given = read_config(file(tmp_path, NEEDED + "system_template: '1 {a}'\n"), parse_flags(words))
     assert given.prompt_template == "{question} [[Context: {context}]]" and given.completion_template == "{answer}"
     assert given.system_template == "1 {a}" and given.strict_data
-    assert not {"prompt_template", "completion_template", "system_template", "strict_data"} & given.sft.keys()
+    assert not {"prompt_template", "completion_template", "system_template", "strict_data"} & given.trainer.keys()
 
 
 def test_a_flag_that_is_none() -> None:

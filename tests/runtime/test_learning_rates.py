@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from tests.runtime.test_train import checkpoint, command, rows  # noqa: F401
 from tests.runtime.test_trainer import EAGER as OPTIONS
-from tests.runtime.test_trainer import history, trainer
+from tests.runtime.test_trainer import assert_same, history, trainer
 from unsloth.models import presets
+from unsloth.models.adapters import add_lora
 from unsloth.runtime.trainer import SFTTrainer
 
 
@@ -69,10 +72,18 @@ def test_rates_of_what_is_not_there(tmp_path) -> None:
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}], ids=["DoRA", "rsLoRA"])
 def test_the_compiled_step_with_other_adapters(tmp_path, settings) -> None:
-    eager = history(make(tmp_path, model=adapted(**settings), max_steps=3))
-    ours = history(make(tmp_path, model=adapted(**settings), max_steps=3, more={"compile": True, "options": OPTIONS}))
-    for mine, other in zip(ours, eager, strict=True):
-        assert mine == pytest.approx(other, rel=1e-3)
+    def add() -> Any:
+        model = add_lora(presets.build("tiny-llama"), rank=4, **settings)
+        torch.manual_seed(1)  # else B, and with it the gradient of A, would be zero
+        for parameter in (p for name, p in model.named_parameters() if "lora_B" in name):
+            nn.init.normal_(parameter, std=0.1)
+        return model
+
+    torch._dynamo.utils.counters.clear()
+    eager = history(make(tmp_path, model=add(), max_steps=3))
+    made = make(tmp_path, model=add(), max_steps=3, more={"compile": True, "options": OPTIONS})
+    assert_same(history(made), eager, 1e-3)
+    assert len(made.explanation.graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_neftune_is_noise_in_training_alone(tmp_path) -> None:
@@ -81,10 +92,27 @@ def test_neftune_is_noise_in_training_alone(tmp_path) -> None:
     assert not noisy.model.get_input_embeddings()._forward_hooks
 
 
+def test_neftune_is_that_of_trl_in_one_graph(tmp_path) -> None:
+    settings = {"neftune_noise_alpha": 10, "max_steps": 3}
+    theirs = history(trainer(trl.SFTTrainer, tmp_path, **settings))
+    torch._dynamo.utils.counters.clear()
+    ours = trainer(SFTTrainer, tmp_path, more={"options": OPTIONS}, **settings)  # draws eager's numbers
+    assert_same(history(ours), theirs, 1e-3)
+    assert len(ours.explanation.graphs) == 1 and not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_a_run_with_all_of_it(command, checkpoint, rows, tmp_path) -> None:  # noqa: F811
     words = ["--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out", "--max-steps", 2]
-    # Not strict: NEFTune's hook on the embedding makes a graph of its own, without tensor inputs, which stays eager.
-    words += ["--options", "{lowering: eager}", "--use-dora", "true", "--use-rslora", "true", "--loraplus-lr-ratio", 8]
+    words += [
+        "--options",
+        "{lowering: eager, strict: true}",
+        "--use-dora",
+        "true",
+        "--use-rslora",
+        "true",
+        "--loraplus-lr-ratio",
+        8,
+    ]
     words += ["--modules-to-save", "[embed_tokens]", "--embedding-learning-rate", "1e-5", "--neftune-noise-alpha", 5]
     code, out, err = command(*words)
     assert code == 0 and "steps       2, " in out, err

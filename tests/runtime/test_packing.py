@@ -52,6 +52,11 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
         assert error <= tolerance, (name, error)
 
 
+def mixed_lengths(count: int) -> list[int]:
+    """Numbers of tokens from 3 to 60."""
+    return [3 + (37 * i * i + 11 * i) % 58 for i in range(count)]
+
+
 def batch_of(made: Any) -> dict[str, Any]:
     return next(iter(made.get_train_dataloader()))
 
@@ -77,26 +82,56 @@ def second_document(made: Any) -> dict[str, Any]:
     return batch
 
 
+def with_another_first_document(batch: dict[str, Any]) -> dict[str, Any]:
+    changed = dict(batch)
+    changed["input_ids"] = batch["input_ids"].clone()
+    changed["input_ids"][0, :30] = torch.tensor(documents(30, first=100)[0]["input_ids"])
+    return changed
+
+
+LAYOUTS = [
+    pytest.param(PACKED, "sdpa", id="packed"),
+    pytest.param(PADDING_FREE, "sdpa", id="padding-free"),
+    pytest.param(PACKED, "eager", id="packed, eager attention"),
+    pytest.param(
+        *(PACKED, "flex_attention"),
+        id="packed, flex attention",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="has no backward on a CPU"),
+    ),
+]
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("settings", [PACKED, PADDING_FREE], ids=["packed", "padding-free"])
-def test_a_document_does_not_see_the_one_before_it(tmp_path, mode, settings) -> None:
-    found = []
-    for first in (0, 100):
-        rows = documents(30, 20, first=first)
-        made = packed(tmp_path, mode, rows, train_sampling_strategy="sequential", **settings)
-        found.append(gradients(made, [second_document(made)]))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert_close(found[0][1], found[1][1], 1e-5)
+@pytest.mark.parametrize(("settings", "attention"), LAYOUTS)
+def test_a_document_does_not_see_the_one_before_it(tmp_path, mode, settings, attention) -> None:
+    model: Any = adapted()
+    model.base_model.model.set_attn_implementation(attention)
+    settings = {**settings, "use_cpu": attention != "flex_attention"}
+    rows = documents(30, 20)
+    made = packed(tmp_path, mode, rows, train_sampling_strategy="sequential", model=model, **settings)
+    batch = {name: v.to(made.args.device) if isinstance(v, Tensor) else v for name, v in second_document(made).items()}
+    loss, wanted = gradients(made, [batch])
+    changed, found = gradients(made, [with_another_first_document(batch)])
+    assert loss == pytest.approx(changed, rel=1e-6)
+    assert_close(wanted, found, 1e-5)
 
 
 def test_without_positions_it_would(tmp_path) -> None:
     """That the test above can fail."""
-    losses = []
-    for first in (0, 100):
-        made = packed(tmp_path, "eager", documents(30, 20, first=first), **PACKED)
-        batch = second_document(made)
-        losses.append(gradients(made, [{name: batch[name] for name in ("input_ids", "labels")}])[0])
-    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    made = packed(tmp_path, "eager", documents(30, 20), **PACKED)
+    batch = second_document(made)
+    bare = {name: batch[name] for name in ("input_ids", "labels")}
+    assert gradients(made, [bare])[0] != pytest.approx(
+        gradients(made, [with_another_first_document(bare)])[0], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("settings", [PADDING_FREE, {**PACKED, "packing_strategy": "bfd_split"}], ids=["free", "split"])
+def test_twenty_steps_of_documents_in_two_graphs(tmp_path, settings) -> None:
+    torch._dynamo.utils.counters.clear()
+    made = packed(tmp_path, "compiled", documents(*mixed_lengths(160)), max_steps=20, **settings)
+    made.train()
+    assert 1 <= len(made.explanation.graphs) <= 2 and not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -118,18 +153,16 @@ def test_wrapped_packing_is_said_to_mix_documents(tmp_path, caplog) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("parts", [(1, 8), (2, 4), (4, 2)], ids=lambda p: f"{p[1]} x {p[0]}")
-def test_accumulated_micro_batches_are_one_batch(tmp_path, mode, parts) -> None:
+def test_accumulated_micro_batches_are_one_batch(tmp_path, mode) -> None:
     rows = documents(5, 60, 17, 3, 33, 8, 50, 2)
-    size, count = parts
-    whole = packed(tmp_path, mode, rows, per_device_train_batch_size=8)
-    split = packed(tmp_path, mode, rows, per_device_train_batch_size=size, gradient_accumulation_steps=count)
-    batches = list(split.get_train_dataloader())
-    assert len(batches) == count
-    loss, found = gradients(split, batches)
-    expected, wanted = gradients(whole, list(whole.get_train_dataloader()))
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert_close(found, wanted, 1e-5)
+    made = packed(tmp_path, mode, rows, per_device_train_batch_size=8)
+    tokens = list(made.train_dataset)
+    expected, wanted = gradients(made, [made.data_collator(tokens)])
+    for size in (1, 2, 4):
+        batches = [made.data_collator(tokens[i : i + size]) for i in range(0, 8, size)]
+        loss, found = gradients(made, batches)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert_close(found, wanted, 1e-5)
 
 
 def test_adapters_have_random_values() -> None:

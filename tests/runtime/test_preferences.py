@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
+from peft import PeftModel
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TheirORPOTrainer
 
+from tests.runtime.test_train import checkpoint, command  # noqa: F401
 from tests.runtime.test_trainer import EAGER, adapted
+from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
+from unsloth.models.presets import build
+from unsloth.runtime.data import DataError, Templates, load_data
+from unsloth.runtime.finite import TrainingError
 from unsloth.runtime.preferences import DPOTrainer, ORPOTrainer
 
 METHODS = {"dpo": (trl.DPOTrainer, DPOTrainer, trl.DPOConfig), "orpo": (TheirORPOTrainer, ORPOTrainer, ORPOConfig)}
@@ -35,7 +43,7 @@ def pairs(count: int = 12) -> Dataset:
     )
 
 
-def make(cls: Any, config: Any, folder: Any, more: Any = None, **changes: Any) -> Any:
+def make(cls: Any, config: Any, folder: Any, more: Any = None, *, model: Any = None, **changes: Any) -> Any:
     settings = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -51,7 +59,11 @@ def make(cls: Any, config: Any, folder: Any, more: Any = None, **changes: Any) -
         **changes,
     }
     return cls(
-        adapted(), args=config(**settings), train_dataset=pairs(), processing_class=byte_tokenizer(), **(more or {})
+        adapted() if model is None else model,
+        args=config(**settings),
+        train_dataset=pairs(),
+        processing_class=byte_tokenizer(),
+        **(more or {}),
     )
 
 
@@ -86,3 +98,137 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, method) -> None:
         assert torch.equal(one, other)
     entries = [[e.get("loss") for e in made.state.log_history if "loss" in e] for made in (whole, resumed)]
     assert entries[0] == entries[1]
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_of_fresh_adapters_is_the_model_without_them(tmp_path) -> None:
+    def fresh() -> torch.nn.Module:
+        return add_lora(build("tiny-llama"), rank=4)
+
+    theirs = make(trl.DPOTrainer, trl.DPOConfig, tmp_path, model=fresh())
+    ours = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False}, model=fresh())
+    assert list(theirs.model.peft_config) == ["default", "ref"] and list(ours.model.peft_config) == ["default"]
+    for mine, other in zip(history(ours), history(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+    learnt = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False})
+    assert list(learnt.model.peft_config) == ["default", "ref"]
+
+
+def test_rows_that_are_cut_off_are_counted(tmp_path) -> None:
+    made = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False}, max_length=32)
+    rows = [(len(r["prompt_ids"]), len(r["chosen_ids"]), len(r["rejected_ids"])) for r in made.train_dataset]
+    longer = sum(prompt + max(answers) > 32 for prompt, *answers in rows)
+    assert made.truncated["train"] == (longer, 12, 0) and 0 < longer < 12
+
+
+def test_memory_that_is_short_is_said(tmp_path) -> None:
+    made = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False})
+
+    def short(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    made.compute_loss = short
+    with pytest.raises(TrainingError, match=r"out of memory: CUDA .* smaller per_device_train_batch_size"):
+        made.train()
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_from_a_file(command, checkpoint, tmp_path, method) -> None:  # noqa: F811
+    path, out = tmp_path / "pairs.csv", tmp_path / "out"
+    cells = [f"What is {i} + {i}?,It is {2 * i}.,{'No idea' if i else f'It is {2 * i}.'}" for i in range(9)]
+    path.write_text("\n".join(["question,chosen,rejected", *cells]) + "\n", encoding="utf-8")
+    words = ["--method", method, "--model", checkpoint, "--data", path, "--eval-data", path, "--output-dir", out]
+    # One of them compiled is enough: the steps of both are held against TRL's above.
+    words += ["--options", "{lowering: eager, strict: true}", "--compile", method == "orpo"]
+    words += ["--learning-rate", "1e-2", "--loraplus-lr-ratio", 4]
+    code, said, err = command(*words, "--max-steps", 6, "--sample-prompt", "What?", "--beta", 0.5)
+    assert code == 0, err
+    assert f"{path}: 8 rows, preference pairs (question, chosen, rejected)" in err
+    assert f"{path}:2: chosen and rejected are the same" in err
+    lines = err.splitlines()
+    assert any(line.startswith("chosen      <|im_start|>") for line in lines) and "«It is 2." in err
+    assert any(line.startswith("rejected    <|im_start|>") for line in lines) and "«No idea" in err
+    assert "tokens/s" in said and ("0 breaks" in said and "lora_linear" in said) == (method == "orpo")
+    before, after = [float(word) for word in re.findall(r"loss ([\d.]+) before, ([\d.]+) after", said)[0]]
+    assert after < before
+    assert not (out / "ref").exists()
+    assert PeftModel.from_pretrained(build("tiny-llama"), out).peft_config
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Q?"), ("assistant", "yes"), ("assistant", "no")))
+CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        ({"prompt": "Q? ", "chosen": "yes", "rejected": "no"}, {"prompt": "Q? ", "chosen": "yes", "rejected": "no"}),
+        (
+            {"chosen": "H: Q?\n\nA: yes it is", "rejected": "H: Q?\n\nA: yes, no"},
+            {"prompt": "H: Q?\n\nA:", "chosen": " yes it is", "rejected": " yes, no"},
+        ),
+        (CHAT, CHAT),
+        ({"prompt": "Q?", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 2}, CHAT),
+        ({"prompt": "Q?", "chosen": [GOOD], "rejected": [BAD]}, CHAT),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, CHAT),
+        ({"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])}, CHAT),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Q?"}],
+                "chosen": {"from": "gpt", "value": "yes"},
+                "rejected": {"from": "gpt", "value": "no"},
+            },
+            CHAT,
+        ),
+        ({"question": "Q?", "chosen": "yes", "rejected": "no"}, CHAT),
+        (
+            {"system": "Be brief.", "instruction": "Q", "input": "?", "chosen": "yes", "rejected": "no"},
+            {**CHAT, "prompt": [SYSTEM, {"role": "user", "content": "Q\n\n?"}]},
+        ),
+        ({"system": "Be brief.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, {**CHAT, "prompt": [SYSTEM, USER]}),
+    ],
+)
+def test_forms_of_pairs(tmp_path, row, wanted) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    assert load_data(str(path), preferences=True).rows[0] == wanted
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "Q?", "chosen": "no", "rejected": "no"}, "chosen and rejected are the same"),
+        ({"prompt": "Q?", "chosen": "no", "rejected": None}, "column 'rejected' is null"),
+        ({"prompt": " ", "chosen": "no", "rejected": "yes"}, "column 'prompt' is empty"),
+        ({"chosen": "no", "rejected": "yes"}, "there is no column 'prompt', and chosen and rejected do not begin with"),
+        (
+            {"chosen": [GOOD], "rejected": [BAD]},
+            "there is no prompt, and chosen and rejected do not begin with",
+        ),
+        ({"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "column 'chosen' has no message of the assistant's"),
+        ({"chosen": [USER, GOOD], "rejected": [USER]}, "column 'rejected' has no message of the assistant's"),
+        ({"prompt": [USER], "chosen": [{"role": "boss", "content": "x"}], "rejected": [BAD]}, "has the role 'boss'"),
+    ],
+)
+def test_pairs_that_cannot_be_used(tmp_path, row, reason) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        load_data(str(path), preferences=True)
+    assert f"{path}:1: " in str(error.value) and reason in str(error.value)
+
+
+def test_pairs_for_a_model_without_a_chat_template(tmp_path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("ask,chosen,rejected\nQ?,yes,no\n", encoding="utf-8")
+    data = load_data(str(path), templates=Templates.parse("Say: {ask}", preferences=True), preferences=True)
+    assert data.rows[0]["prompt"] == [{"role": "user", "content": "Say: Q?"}]
+    assert data.without_chat().rows[0] == {"prompt": "Say: Q?\n\n", "chosen": "yes", "rejected": "no"}

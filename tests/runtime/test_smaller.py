@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tests.runtime.test_packing import documents
 from tests.runtime.test_trainer import EAGER, adapted, assert_same, history, trainer
 from tests.runtime.tiny import dataset
 from unsloth.runtime.finite import TrainingError
@@ -30,8 +32,8 @@ def make(tmp_path, **settings: Any) -> Any:
 class Memory:
     """Runs out where more than some rows go forward, or (half way) backward."""
 
-    def __init__(self, model: Any, rows: int, *, backward: bool = False, after: int = 0) -> None:
-        self.rows, self.refused, self.after = rows, [], after
+    def __init__(self, model: Any, rows: int, *, backward: bool = False, after: int = 0, dim: int = 0) -> None:
+        self.rows, self.refused, self.after, self.dim = rows, [], after, dim
         layer = model.base_model.model.model.layers[0]
         layer.register_forward_hook(self.backward if backward else self.forward)
 
@@ -42,7 +44,7 @@ class Memory:
 
     def forward(self, module: Any, args: Any, output: Any) -> None:
         self.after -= 1
-        self.refuse(len(output))
+        self.refuse(output.shape[self.dim])
 
     def backward(self, module: Any, args: Any, output: torch.Tensor) -> None:
         self.after -= 1
@@ -93,6 +95,25 @@ def test_parts_hold_every_row_once() -> None:
         assert [len(p["input_ids"]) for p in found] == sizes == [len(p["labels"]) for p in found]
         assert torch.cat([p["input_ids"] for p in found]).equal(batch["input_ids"])
         assert all(p["other"] == "x" and len(p["one"]) == 1 for p in found)
+
+
+def test_packed_documents_are_parted_between_them(tmp_path, caplog) -> None:
+    rows = documents(9, 30, 5, 12, 8, 20, 6, 3)
+    settings = {"padding_free": True, "max_length": None, "rows": rows, "gradient_accumulation_steps": 1}
+    whole = make(tmp_path, max_steps=1, **settings)
+    memory = Memory(model := adapted(), 40, dim=1)
+    halved = make(tmp_path, model=model, max_steps=1, **settings)
+    with caplog.at_level(logging.WARNING):
+        assert_same(history(halved), history(whole), 1e-5)
+    assert memory.refused[0] == 93 and halved._smaller.parts == 4
+    assert "out of memory with 8 documents of 93 tokens" in caplog.text
+    batch = next(iter(whole.get_train_dataloader()))
+    parts = list(split(batch, 4))
+    assert torch.cat([p["input_ids"] for p in parts], dim=1).equal(batch["input_ids"])
+    for part in parts:
+        assert part["position_ids"][0, 0] == 0 and part["seq_idx"][0, 0] == 0
+        starts = [*(part["position_ids"][0] == 0).nonzero().flatten().tolist(), part["input_ids"].shape[1]]
+        assert part["cu_seq_lens_q"].tolist() == starts and part["max_length_q"] == max(np.diff(starts))
 
 
 def test_a_mean_over_the_micro_batch_is_the_same_in_parts() -> None:

@@ -140,16 +140,24 @@ class At(TrainerCallback):
         setattr(self, event, lambda args, state, control, **_: action() if state.global_step == step else None)
 
 
+ACCUMULATING: dict[str, Any] = {"gradient_accumulation_steps": 3, "rows": dataset(24), "save_strategy": "no"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """What a run of three micro-batches a step ends with."""
+    whole = make(tmp_path_factory.mktemp("whole"), **ACCUMULATING)
+    whole.train()
+    return ends(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize(
     ("event", "step"),
     [("on_substep_end", 2), ("on_substep_end", 4), ("on_substep_end", 0), ("on_step_end", 3), ("on_step_begin", 6)],
 )
-def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, number, event, step) -> None:
-    changes: dict[str, Any] = {"gradient_accumulation_steps": 3, "rows": dataset(24), "save_strategy": "no"}
-    whole = make(tmp_path / "whole", **changes)
-    whole.train()
-    stopped = make(tmp_path / "stopped", **changes)
+def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, undisturbed, number, event, step) -> None:
+    stopped = make(tmp_path / "stopped", **ACCUMULATING)
     stopped.add_callback(At(event, step, lambda: os.kill(os.getpid(), number)))
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as left:
@@ -158,9 +166,9 @@ def test_a_signal_saves_and_ends_the_process_anywhere(tmp_path, number, event, s
     assert signal.getsignal(number) == before
     (saved,) = checkpoints.checkpoints(tmp_path / "stopped")
     assert damage(saved) == [] and checkpoints.step_of(saved) == step
-    resumed = make(tmp_path / "stopped", **changes)
+    resumed = make(tmp_path / "stopped", **ACCUMULATING)
     resumed.train(resume_from_checkpoint=True)
-    assert_same_end(ends(resumed), ends(whole))
+    assert_same_end(ends(resumed), undisturbed)
 
 
 def test_damage_is_said_and_the_run_goes_on_from_before(tmp_path, caplog) -> None:
@@ -182,6 +190,15 @@ def test_another_batch_size_is_said(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         make(tmp_path, max_steps=3, gradient_accumulation_steps=1).train(resume_from_checkpoint=True)
     assert "gradient_accumulation_steps was 2 in checkpoint-2 and is 1 now" in caplog.text
+
+
+def test_how_often_to_log_and_save_is_what_the_resumed_run_says(tmp_path) -> None:
+    make(tmp_path, max_steps=2, logging_steps=1, save_steps=1).train()
+    resumed = make(tmp_path, max_steps=8, logging_steps=3, save_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert [e["step"] for e in resumed.state.log_history if "loss" in e] == [1, 2, 3, 6]
+    assert {c.name for c in checkpoints.checkpoints(tmp_path)} >= {"checkpoint-4", "checkpoint-8"}
+    assert not (tmp_path / "checkpoint-5").exists()
 
 
 def test_nothing_to_resume(tmp_path) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.runtime.tiny import conversations
 from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
+from unsloth.models.load import load_model
 from unsloth.runtime import checkpoints, cli
 from unsloth.runtime import train as training
 
@@ -107,6 +108,14 @@ def test_full_fine_tuning(command, checkpoint, rows, tmp_path) -> None:
     assert code == 0, err
     assert "all parameters trained" in out and (tmp_path / "out" / "model.safetensors").exists()
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_base_in_eight_bits(command, checkpoint, rows, tmp_path) -> None:
+    words = ["--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out", "--max-steps", 2]
+    code, out, err = command(*words, "--load-in-8bit", "true", "--compile", "false")
+    assert code == 0 and "steps       2, " in out, err
+    base = load_model(str(checkpoint), quantise="int8")
+    assert base.is_loaded_in_8bit and PeftModel.from_pretrained(base, tmp_path / "out").peft_config
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from tests.runtime.test_smaller import Memory
 from tests.runtime.test_trainer import EAGER, adapted, trainer
 from tests.runtime.tiny import dataset
 from unsloth.runtime import checkpoints
@@ -28,6 +30,7 @@ def make(folder: Path, mode: str, **changes: Any) -> Any:
         "max_steps": 4,
         "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 2,
         "rows": dataset(48),
         "save_strategy": "steps",
         "save_steps": 2,
@@ -48,10 +51,13 @@ def results(made: Any) -> dict[str, Any]:
     }
 
 
-def in_two_processes(folder: Path, mode: str, *words: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """Everything that two processes do here, in one start of them: the folder, and by scenario what came of it."""
+    folder = tmp_path_factory.mktemp("two")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
     done = subprocess.run(
-        [*command, str(Path(__file__)), str(folder), mode, *words],
+        [*command, str(Path(__file__)), str(folder)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -60,44 +66,57 @@ def in_two_processes(folder: Path, mode: str, *words: str) -> dict[str, Any]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def assert_weights(found: dict[str, Any], wanted: dict[str, Any], rtol: float, atol: float) -> None:
+    for name, weights in wanted["weights"].items():
+        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=rtol, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict[str, Any]:
+    made = make(tmp_path_factory.mktemp("one"), "eager", per_device_train_batch_size=4)
+    made.train()
+    return results(made)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_as_one_process_on_the_batch_of_both(tmp_path, mode) -> None:
-    torch._dynamo.reset()
-    one = make(tmp_path / "one", mode, per_device_train_batch_size=4)
-    one.train()
-    wanted, found = results(one), in_two_processes(tmp_path / "two", mode)
-    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-    assert found["norm"] == pytest.approx(wanted["norm"], rel=1e-4)
-    for name, weights in wanted["weights"].items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weights), rtol=1e-4, atol=1e-6)
+def test_as_one_process_on_the_batch_of_both(one, two, mode) -> None:
+    found = two[1][mode]
+    assert found["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert found["norm"] == pytest.approx(one["norm"], rel=1e-4)
+    assert_weights(found, one, 1e-4, 1e-6)
     assert found["breaks"] == 0 and found["graphs"] <= 2 * (mode == "compiled")
-    torch._dynamo.reset()
 
 
-def test_two_processes_resume_exactly(tmp_path) -> None:
-    whole = in_two_processes(tmp_path / "two", "eager")
-    saved = checkpoints.checkpoints(tmp_path / "two")
+def test_two_processes_resume_exactly(two) -> None:
+    """From the checkpoint before the newest, of which one process's part is gone."""
+    folder, found = two
+    saved = checkpoints.checkpoints(folder / "eager")
     assert [c.name for c in saved] == ["checkpoint-4", "checkpoint-2"] and not any(map(checkpoints.damage, saved))
     assert {"progress.json", "progress_1.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
         p.name for p in saved[0].iterdir()
     }
-    (saved[0] / "progress_1.json").unlink()
-    resumed = in_two_processes(tmp_path / "two", "eager", "resume")
-    assert resumed["weights"] == whole["weights"] and resumed["loss"] == whole["loss"]
+    assert found["damaged"]["from"] == "checkpoint-2"
+    assert found["damaged"]["weights"] == found["eager"]["weights"]
+    assert found["damaged"]["loss"] == found["eager"]["loss"]
 
 
-def test_a_signal_to_one_stops_both_at_the_same_step(tmp_path) -> None:
-    whole = in_two_processes(tmp_path / "whole", "eager")
-    in_two_processes(tmp_path / "two", "eager", "stop")
-    left = [json.loads((tmp_path / "two" / f"left_{rank}.json").read_text()) for rank in (0, 1)]
-    assert left == [{"code": 143, "step": 3}] * 2
-    saved = checkpoints.checkpoints(tmp_path / "two")
-    assert saved[0].name == "checkpoint-3" and checkpoints.damage(saved[0]) == []
-    resumed = in_two_processes(tmp_path / "two", "eager", "resume")
-    assert resumed["weights"] == whole["weights"] and resumed["loss"] == whole["loss"]
+def test_memory_short_in_one_makes_both_halve(two) -> None:
+    """In the middle of backward, where the other one would wait for its gradients."""
+    found = two[1]["short"]
+    assert found["parts"] == [2, 2] and found["refused"] == [[], [2]]
+    assert found["loss"] == pytest.approx(two[1]["eager"]["loss"], rel=1e-5)
+    assert_weights(found, two[1]["eager"], 1e-5, 1e-7)
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(two) -> None:
+    folder, found = two
+    assert found["stop"]["left"] == [{"code": 143, "step": 3}] * 2
+    (saved, *_) = checkpoints.checkpoints(folder / "stop")
+    assert saved.name == "checkpoint-4" and found["stop"]["from"] == "checkpoint-3"
+    assert found["stop"]["weights"] == found["eager"]["weights"] and found["stop"]["loss"] == found["eager"]["loss"]
 
 
 class StopSecond(TrainerCallback):
@@ -108,17 +127,55 @@ class StopSecond(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-if __name__ == "__main__":
-    made = make(Path(sys.argv[1]), sys.argv[2], per_device_train_batch_size=2)
-    if "stop" in sys.argv:
-        made.add_callback(StopSecond())
-        try:
-            made.train()
-        except SystemExit as left:
-            found = {"code": left.code, "step": made.state.global_step}
-            (Path(sys.argv[1]) / f"left_{made.args.process_index}.json").write_text(json.dumps(found))
-    else:
-        made.train(resume_from_checkpoint="resume" in sys.argv)
-    if made.is_world_process_zero():
-        (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results(made)))
+def of_both(value: Any) -> list[Any]:
+    """A value of each process, in all of them."""
+    values: list[Any] = [None, None]
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def resumed(folder: Path, rank: int) -> dict[str, Any]:
+    """Go on from the newest whole checkpoint."""
+    newest = checkpoints.newest_whole(folder, None)[0].name if rank == 0 else ""
+    made = make(folder, "eager")
+    made.train(resume_from_checkpoint=True)
+    return {**results(made), "from": of_both(newest)[0]}
+
+
+def main(folder: Path) -> None:
+    """One of two processes."""
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        made = make(folder / mode, mode)
+        made.train()
+        found[mode] = results(made)
+    rank = made.args.process_index
+
+    if rank == 0:
+        shutil.copytree(folder / "eager", folder / "damaged")
+        (folder / "damaged" / "checkpoint-4" / "progress_1.json").unlink()
+    torch.distributed.barrier()
+    found["damaged"] = resumed(folder / "damaged", rank)
+
+    # The second process cannot do two rows, from the second micro-batch of the first step on.
+    made = make(folder / "short", "eager")
+    memory = Memory(made.model, 1 if rank == 1 else 9, backward=True, after=1)
+    made.train()
+    found["short"] = {**results(made), "parts": of_both(made._smaller.parts), "refused": of_both(memory.refused)}
+
+    made = make(folder / "stop", "eager")
+    made.add_callback(StopSecond())
+    try:
+        made.train()
+        left = None
+    except SystemExit as error:
+        left = {"code": error.code, "step": made.state.global_step}
+    torch.distributed.barrier()
+    found["stop"] = {"left": of_both(left), **resumed(folder / "stop", rank)}
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The settings of TRL's ``SFTConfig``, read from its source: names, types, choices.
+"""The settings of TRL's ``SFTConfig``, ``DPOConfig`` and ``ORPOConfig``, read from their source: names, types, choices.
 
 Importing TRL takes longer than everything else that a command line checks. The source says the same: which fields the
 dataclasses have, with which annotations, and which words the enumerations know. Nothing of it is run.
@@ -14,27 +14,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OURS = frozenset({"trust_remote_code"})
-"""Fields of theirs that we decide about: foreign code is no setting of a trainer."""
+METHODS = {
+    "sft": ("trl.trainer.sft_config", "SFTConfig"),
+    "dpo": ("trl.trainer.dpo_config", "DPOConfig"),
+    "orpo": ("trl.experimental.orpo.orpo_config", "ORPOConfig"),
+}
+"""Where each way of training has its settings."""
+
+OURS = {
+    "sft": frozenset({"trust_remote_code"}),
+    # There the model would be loaded by TRL, from its name.
+    "dpo": frozenset({"trust_remote_code", "model_init_kwargs", "padding_free"}),
+    "orpo": frozenset({"trust_remote_code", "model_init_kwargs", "is_encoder_decoder"}),
+}
+"""Fields of theirs that are no settings here: foreign code is ours to decide about, the others would do nothing."""
 
 # What their types do not say, and their constructors find only when the model is loaded, or never.
 _POSITIVE = {"gradient_accumulation_steps", "per_device_eval_batch_size", "num_train_epochs", "eval_steps"}
 _POSITIVE |= {"save_steps"}
 _NOT_NEGATIVE = {"weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "neftune_noise_alpha", "data_seed"}
 _NOT_NEGATIVE |= {"dataloader_num_workers", "label_smoothing_factor", "save_total_limit", "adam_beta1", "adam_beta2"}
+_NOT_NEGATIVE |= {"beta", "label_smoothing"}
 _BELOW_ONE = {"adam_beta1", "adam_beta2", "label_smoothing_factor"}
 _WORDS = {
     "packing_strategy": ("bfd", "bfd_split", "wrapped"),
     "truncation_mode": ("keep_start", "keep_end"),
-    "loss_type": ("nll", "dft", "chunked_nll"),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "report_to": (
         *("none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow"),
         *("mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
     ),
 }
+_LOSSES = {
+    "sft": ("nll", "dft", "chunked_nll"),
+    "dpo": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "orpo": (),
+}
 
-
-_ALSO = {"resume_from_checkpoint": {"bool"}}  # what Trainer.train takes and the dataclass does not say
+# What Trainer.train and DPOConfig's constructor take and the dataclasses do not say.
+_ALSO = {"resume_from_checkpoint": {"bool"}, "loss_type": {"str"}}
 
 
 @dataclass(frozen=True)
@@ -51,24 +72,25 @@ class Setting:
 
 
 @functools.cache
-def sft_settings() -> dict[str, Setting]:
-    """All fields that can be set, those of the bases included."""
+def trainer_settings(method: str = "sft") -> dict[str, Setting]:
+    """All fields that can be set for one of ``METHODS``, those of the bases included."""
     found: dict[str, Setting] = {}
     for module, name in (
         *(("transformers.training_args", "TrainingArguments"), ("trl.trainer.base_config", "_BaseConfig")),
-        ("trl.trainer.sft_config", "SFTConfig"),
+        METHODS[method],
     ):
         for statement in _class(module, name).body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_set(statement):
                 field = statement.target.id
-                words = _WORDS.get(field) or _choices(statement.annotation)
+                words = _LOSSES[method] if field == "loss_type" else _WORDS.get(field)
+                words = words or _choices(statement.annotation)
                 found[field] = Setting(_types(statement) | _ALSO.get(field, set()), tuple(words))
-    return {name: setting for name, setting in found.items() if name not in OURS}
+    return {name: setting for name, setting in found.items() if name not in OURS[method]}
 
 
-def problem(name: str, value: Any) -> str | None:
+def problem(name: str, value: Any, method: str = "sft") -> str | None:
     """What is wrong with the value of a setting; None when nothing is known to be."""
-    setting = sft_settings()[name]
+    setting = trainer_settings(method)[name]
     types = setting.types
     if types and not any(_is(value, kind) for kind in types):
         wanted = " or ".join(sorted(_IN_WORDS.get(kind, kind) for kind in types - {"None"}))
