@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
+from tests.passes.recognising import assert_rewrites
 from tests.tracing import targets, trace
 from unsloth.compiler.capture import retrace
 from unsloth.passes.recognise.attention import Attention
@@ -475,3 +476,16 @@ def test_a_model_with_masks_from_data() -> None:
         (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, **inputs)
         assert isinstance(result, Miss) and result.reason == reason
         assert str(result.source_line).startswith("masking_utils.py:")
+
+
+# -- heads of two sizes ------------------------------------------------------------------------------------------------
+
+
+def test_values_narrower_than_queries() -> None:
+    """Multi-head latent attention: the operator's result and gradients are eager's."""
+
+    def latent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 5, -1)
+
+    arguments = (heads(4, 5, 24), heads(4, 5, 24), heads(4, 5, 16))
+    assert_rewrites(Attention(), latent, *arguments, to="attention", variant="causal")
