@@ -463,8 +463,8 @@ def test_flops_of_a_window() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 def test_values_of_another_width(library: Backend, channels: int, window: int | None) -> None:
     """As in multi-head latent attention; out has the values' width, and so has the reference's layout."""
-    if window is not None and library == "cudnn":
-        pytest.skip("cuDNN takes no window")
+    if library == "cudnn" and (window is not None or not runs(library, (1, 4, 2, 33, 33, max(32, channels)))):
+        pytest.skip("cuDNN is not chosen here")
 
     def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
         (q, k, _), (*_, v) = make(shape, dtype, seed), make((*shape[:5], channels), dtype, seed)
