@@ -59,17 +59,21 @@ def test_accuracy(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_float32(implementation: str, window: int | None) -> None:
-    """Probabilities that backward computes from a rounded lse are off by its rounding: three units, not two."""
+    """Out and gradients in units of rounding, median over seeds; the sinks' gradients are sums that cancel."""
     forward, backward = IMPLEMENTATIONS[implementation]
-    arguments = inputs(SHAPES[1], torch.float32, 0, window)
-    outputs = forward(sink_attention, *arguments)
-    grad = torch.randn_like(outputs[0])
-    leaves = [x.double().requires_grad_() for x in arguments[:4]]
-    truth = eager(*leaves, *arguments[4:])
-    expected = [truth, *torch.autograd.grad(truth, leaves, grad.double())]
-    for ours, exact in zip([outputs[0], *backward(sink_attention, arguments, outputs, [grad])], expected, strict=True):
-        assert ours is not None and ours.dtype == torch.float32
-        assert float((ours - exact).norm() / exact.norm()) < 3 * torch.finfo(torch.float32).eps
+    errors = []
+    for seed in range(15):
+        arguments = inputs(SHAPES[1], torch.float32, seed, window)
+        outputs = forward(sink_attention, *arguments)
+        grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(100 + seed))
+        leaves = [x.double().requires_grad_() for x in arguments[:4]]
+        truth = eager(*leaves, *arguments[4:])
+        expected = [truth, *torch.autograd.grad(truth, leaves, grad.double())]
+        ours = [outputs[0], *backward(sink_attention, arguments, outputs, [grad])]
+        assert all(x is not None and x.dtype == torch.float32 for x in ours)
+        errors.append([float(((x - y).norm() / y.norm()).detach()) for x, y in zip(ours, expected, strict=True)])
+    medians = torch.tensor(errors).median(0).values
+    assert (medians < torch.tensor([2.2, 2.2, 2.2, 2.2, 4.0]) * torch.finfo(torch.float32).eps).all(), medians
 
 
 @pytest.mark.skipif(CUDA, reason="the CUDA libraries have no float64")
