@@ -22,6 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from unsloth.compiler.coverage import LEFT
+
 from . import sweep_worker
 
 OUT = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -176,6 +178,9 @@ def _recognised(rows: list[Row]) -> list[str]:
         whole = sum(c[0] == c[1] for c in counts)
         share = f"{hit / there:.1%}" if there else "–"
         lines.append(f"  - {family}: **{share}** ({hit} of {there}), all of them in {whole} types")
+    for family, why in LEFT.items():
+        counts = [r["places"].get(family, (0, 0))[1] for r in decoders]
+        lines.append(f"  - {family}: {sum(counts)} in {sum(map(bool, counts))} types, {why}")
     return lines
 
 
@@ -184,7 +189,8 @@ def is_decoder_only(row: Row) -> bool:
 
     Decided by what its graph holds, not by its name: encoders' positions are learned, and scans have no softmax.
     """
-    return all(row.get("places", {}).get(family, (0, 0))[1] for family in ("norm", "rotation", "attention"))
+    there = {family for family, (_, count) in row.get("places", {}).items() if count}
+    return {"rotation", "attention"} <= there and bool({"norm", "layer norm"} & there)
 
 
 def _cell(text: str, width: int) -> str:

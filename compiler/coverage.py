@@ -1,7 +1,8 @@
 """How much of a graph became operators of ours: counted from what is there, without asking the matcher.
 
 Two questions. *Places*: every ``rsqrt`` or library norm, rotation, softmax or attention, activation times gate, linear
-layer and loss is an anchor, found by its operators alone; it is recognised when a match took it. *Cost*: every node
+layer and loss is an anchor, found by its operators alone; it is recognised when a match took it. Layer norms are
+counted apart: we have no operator for them on purpose (:data:`LEFT`). *Cost*: every node
 has floating-point operations and bytes that it would move if it ran alone; those of the nodes that matches took are
 covered. A plain matrix product has no better form than the library's, so it is told apart from what is left over.
 """
@@ -24,13 +25,15 @@ from ..passes.rewrite import module_path, source_line, value
 
 aten = torch.ops.aten
 
-FAMILIES = ("norm", "rotation", "attention", "gated MLP", "linear", "loss")
+FAMILIES = ("norm", "layer norm", "rotation", "attention", "gated MLP", "linear", "loss")
+LEFT = {"layer norm": "left to Inductor, which makes one kernel of it and of what stands around it"}
+"""Families that no operator of ours is for, and why."""
 _ACTIVATIONS = {aten.silu.default, aten.gelu.default, aten.relu.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 _PRODUCTS = {*_LINEAR, aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 _ATTENTION = {aten.scaled_dot_product_attention.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_NORMS = {aten.rms_norm.default, aten.layer_norm.default, aten.native_layer_norm.default}
+_LAYER_NORMS = {aten.layer_norm.default, aten.native_layer_norm.default}
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default}
 _SIZE_UNKNOWN = 4096  # a symbolic size that nothing hints at
 
@@ -130,8 +133,12 @@ def _share(cost: int, fused: bool, library: bool) -> Share:
 
 
 def _families(node: fx.Node) -> Iterator[str]:
-    if node.target in _NORMS or _is_written_out_norm(node):
+    if node.target in _LAYER_NORMS:
+        yield "layer norm"
+    elif node.target is aten.rms_norm.default:
         yield "norm"
+    elif (statistic := _statistic_of_norm(node)) is not None:
+        yield "layer norm" if _is_variance(statistic) else "norm"
     if _is_rotation(node):
         yield "rotation"
     if node.target in _ATTENTION or (node.target in _SOFTMAX and _weighs_values(node)):
@@ -144,8 +151,8 @@ def _families(node: fx.Node) -> Iterator[str]:
         yield "loss"
 
 
-def _is_written_out_norm(node: fx.Node) -> bool:
-    """1 / √, in any spelling, of a mean of squares and something small."""
+def _statistic_of_norm(node: fx.Node) -> fx.Node | None:
+    """The mean of squares, or variance, of which a node is 1 / √ in any spelling, something small added."""
     if node.target is aten.pow.Tensor_Scalar:
         inverse = node.args[1] == -0.5
     elif node.target is aten.sqrt.default:
@@ -155,11 +162,23 @@ def _is_written_out_norm(node: fx.Node) -> bool:
     source = node.args[0] if inverse else None
     for _ in range(3):  # + eps, a conversion
         if not isinstance(source, fx.Node):
-            return False
+            return None
         if source.target in (aten.mean.dim, aten.var.correction):
-            return True
+            return source
         source = source.args[0] if source.args else None
-    return False
+    return None
+
+
+def _is_variance(statistic: fx.Node) -> bool:
+    """Whether it is the mean square of what the mean was subtracted from."""
+    if statistic.target is aten.var.correction:
+        return True
+    squares = _under_views(statistic.args[0])
+    centred = _under_views(squares.args[0]) if squares.args else squares
+    if centred.target is not aten.sub.Tensor:
+        return False
+    mean = _under_views(centred.args[1])
+    return mean.target is aten.mean.dim and _under_views(mean.args[0]) is _under_views(centred.args[0])
 
 
 def _is_rotation(node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..passes.runner import Site
 from .breaks import Break, watched
-from .coverage import Coverage, Place, Share
+from .coverage import LEFT, Coverage, Place, Share
 from .options import Options
 from .report import GraphReport
 from .run import compiled, loss_of, undisturbed
@@ -214,8 +214,10 @@ def _lines(e: Explanation) -> list[str]:
         costs = (("FLOPs", coverage.flops), ("bytes", coverage.bytes))
         shares = [f"{name} {s.covered:.0%} fused, {_library(s):.0%} library kernels" for name, s in costs]
         lines.append(f"{'covered':<12}{'; '.join(shares)}")
-        places = "  ".join(f"{name} {hit}/{there}" for name, (hit, there) in coverage.places.items())
-        lines.append(f"{'places':<12}{places}")
+        places = {name: count for name, count in coverage.places.items() if name not in LEFT}
+        lines.append(f"{'places':<12}{'  '.join(f'{name} {hit}/{there}' for name, (hit, there) in places.items())}")
+        for family in LEFT.keys() & coverage.places.keys():
+            lines.append(f"{'left':<12}{plural(coverage.places[family][1], family)}: {LEFT[family]}")
     lines += [f"{'mask':<12}{m.mask} → {m.kernel} ({m.count})" for m in e.masks]
     for (operator, reason, line), sites in _grouped(e.missed).items():
         where = f"{sites[0].module or 'graph'}" + (f" and {len(sites) - 1} more" if len(sites) > 1 else "")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .coverage import LEFT
+
 if TYPE_CHECKING:
     from .explain import Explanation
 
@@ -18,4 +20,4 @@ def render(explanation: Explanation) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
     environment.filters["percent"] = lambda share: f"{share:.0%}"
     facts: dict[str, Any] = explanation.to_dict()
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(e=explanation, **facts)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(e=explanation, left=LEFT, **facts)

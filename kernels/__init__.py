@@ -3,6 +3,28 @@
 # With the repository's root on the path, libraries that look for Hugging Face's `kernels` package find this folder. To
 # them it is an empty module: importing the operators under a second name would register each of them twice.
 if __name__ != "kernels":
-    from . import attention, glu, linear_cross_entropy, lora_linear, lora_linears, nf4, rms_norm, rope
+    from . import (
+        attention,
+        glu,
+        linear_cross_entropy,
+        lora_linear,
+        lora_linears,
+        nf4,
+        packed_attention,
+        rms_norm,
+        rope,
+        sink_attention,
+    )
 
-    __all__ = ["attention", "glu", "linear_cross_entropy", "lora_linear", "lora_linears", "nf4", "rms_norm", "rope"]
+    __all__ = [
+        "attention",
+        "glu",
+        "linear_cross_entropy",
+        "lora_linear",
+        "lora_linears",
+        "nf4",
+        "packed_attention",
+        "rms_norm",
+        "rope",
+        "sink_attention",
+    ]

@@ -30,11 +30,13 @@ class Call:
         target: an operator of ours, or of ATen.
         args: graph nodes, numbers, lists of them, and further calls.
         kwargs: likewise.
+        shared: whether one node serves all matches that ask for the same.
     """
 
     target: Operator | OpOverload
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def apply(
         if difference := _changes(node, results[index]):
             return Refused(f"the operator would return {difference}")
     with graph.inserting_before(place):
-        call = _insert(graph, new, values, match.anchor)
+        call = _insert(graph, new, values, match.anchor, place)
         outputs = {
             node: _called(graph, operator.getitem, (call, index), {}, results[index], match.anchor)
             if isinstance(result, tuple)
@@ -271,7 +273,7 @@ def _substitute(argument: Any, replaced: Mapping[fx.Node, fx.Node]) -> Any:
 
 def _rebuilt(call: Call, replaced: Mapping[fx.Node, fx.Node]) -> Call:
     kwargs = {key: _substitute(v, replaced) for key, v in call.kwargs.items()}
-    return Call(call.target, tuple(_substitute(a, replaced) for a in call.args), kwargs)
+    return replace(call, args=tuple(_substitute(a, replaced) for a in call.args), kwargs=kwargs)
 
 
 def _mapped(argument: Any, of_node: Callable[[fx.Node], Any], of_call: Callable[[Call], Any]) -> Any:
@@ -348,15 +350,26 @@ class _NotSupported(Exception):
     """An operator's guard said no."""
 
 
-def _insert(graph: fx.Graph, call: Call, values: dict[int, Any], origin: fx.Node) -> fx.Node:
-    """Emit a call and those inside it, where the graph's insertion point is."""
+def _insert(graph: fx.Graph, call: Call, values: dict[int, Any], origin: fx.Node, place: fx.Node) -> fx.Node:
+    """Emit a call and those inside it before ``place``, which is the graph's insertion point."""
 
     def insert(inner: Call) -> fx.Node:
-        return _insert(graph, inner, values, origin)
+        return _insert(graph, inner, values, origin, place)
 
     args = tuple(_mapped(a, lambda node: node, insert) for a in call.args)
     kwargs = {key: _mapped(a, lambda node: node, insert) for key, a in call.kwargs.items()}
+    if call.shared and (node := _same_call(_overload(call.target), args, kwargs, place)) is not None:
+        return node
     return _called(graph, _overload(call.target), args, kwargs, values[id(call)], origin)
+
+
+def _same_call(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], place: fx.Node) -> fx.Node | None:
+    """A node before ``place`` that is this call."""
+    for argument in (a for a in args if isinstance(a, fx.Node)):
+        for user in argument.users:
+            if user.target is target and user.args == args and user.kwargs == kwargs and user < place:
+                return user
+    return None
 
 
 def _called(
@@ -413,11 +426,16 @@ def _is_call_of(node: fx.Node, *names: str) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers. Attention is tagged as if it did, but without dropout it does not."""
+    """Whether a node draws random numbers. Attention is tagged as if it did, but without dropout it does not.
+
+    Neither does ``dropout`` that drops nothing.
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[1] != 0.0 and node.args[2])
     for position, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)

@@ -113,7 +113,7 @@ def test_differences_are_named() -> None:
 ROWS = [
     {"type": "b", "status": "eager cannot run", "reason": "ValueError: no <image> | none\nat all"},
     {"type": "a", "status": "equal", "graphs": 1, "breaks": 0, "counts": {"rms_norm": [4, 5], "glu": [0, 0]},
-     "places": {"norm": [3, 4], "rotation": [2, 2], "attention": [1, 2]}, "covered": [0.25, 0.5],
+     "places": {"norm": [3, 4], "rotation": [2, 2], "attention": [1, 2], "layer norm": [0, 3]}, "covered": [0.25, 0.5],
      "misses": ["rms_norm: " + "far " * 40]},
     {"type": "e", "status": "equal", "graphs": 2, "breaks": 1, "counts": {}, "places": {"attention": [0, 2]},
      "covered": [0.0, 0.0], "misses": []},
@@ -128,6 +128,7 @@ def test_the_document() -> None:
     assert "- 5 types; eager itself runs a tiny model of 4." in text
     assert "**2 equal, 1 wrong, 1 crashed**; 1 of the equal ones in one graph" in text
     assert "rms_norm in 1, rope in 0" in text
+    assert "layer norm: 3 in 1 types, left to Inductor" in text
     assert "Of the places in the 1 decoder-only transformers" in text  # e has no rotation
     assert "  - norm: **75.0%** (3 of 4), all of them in 0 types\n  - rotation: **100.0%** (2 of 2), all" in text
     assert "  - gated MLP: **–** (0 of 0)" in text

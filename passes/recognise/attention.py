@@ -1,9 +1,9 @@
 """Scaled dot-product attention, with the mask proven and grouped keys and values handed over as they are stored.
 
-A mask goes into the operator only as a flag or a window that was proven (:mod:`mask`); any other mask keeps PyTorch's
-attention and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is seen through
-where key and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the operator reads
-them.
+A mask goes into the operator only as a flag, a window or documents that were proven (:mod:`mask`); any other mask keeps
+the model's attention and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is
+seen through where key and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the
+operator reads them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,25 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.attention import attention
-from ..rewrite import Match, Miss, source_line, value
+from ...kernels.operator import Operator
+from ...kernels.packed_attention import cu_seqlens, extents, packed_attention
+from ...kernels.sink_attention import sink_attention
+from ..rewrite import Call, Match, Miss, source_line, value
+from . import softmax_attention
 from .indexing import Shape, arguments, inside, integer, operand_of, shape_of
-from .mask import Kept, Mask, prove
+from .mask import Causal, Kept, Mask, prove
+from .softmax_attention import Parts
 
 aten = torch.ops.aten
 
 _INDEX = sympy.symbols("batch head position channel", integer=True, nonnegative=True)
 
 
+_Proofs = dict[tuple[fx.Node, Shape], Mask | Kept]
+
+
 class Attention:
-    """Finds scaled dot-product attention that is causal, causal within a window, or sees every key.
+    """Finds attention, PyTorch's or written out, with a mask that is causal, a window, documents, or none at all.
 
     Args:
         right_padded: see :func:`~unsloth.passes.recognise.mask.prove`.
@@ -39,36 +47,75 @@ class Attention:
         self.right_padded = right_padded
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
-        proofs: dict[tuple[fx.Node, Shape], Mask | Kept] = {}  # layers share their masks
+        proofs: _Proofs = {}  # layers share their masks
+        written = {result.node: result for result in softmax_attention.find(graph)}
         for node in graph.nodes:
             if node.target is aten.scaled_dot_product_attention.default:
-                yield _site(node, proofs, self.right_padded)
+                yield self._library(node, proofs)
+            elif isinstance(found := written.get(node), Miss):
+                yield found
+            elif found is not None:
+                yield self._site(found, False, proofs)
+
+    def _library(self, node: fx.Node, proofs: _Proofs) -> Match | Miss:
+        """PyTorch's attention."""
+        given = arguments(node)
+        q, k, v = given["query"], given["key"], given["value"]
+        if reason := _problem(q, k, v, given):
+            return Miss(reason, node, source_line(node), 1)
+        scale = value(q).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
+        parts = Parts(node, frozenset({node}), q, k, v, scale, given["attn_mask"], None, "")
+        return self._site(parts, given["is_causal"], proofs)
+
+    def _site(self, parts: Parts, causal: bool, proofs: _Proofs) -> Match | Miss:
+        q, k, v, node = parts.q, parts.k, parts.v, parts.node
+        mask = Mask(frozenset({Causal()} if causal else ()))
+        if parts.mask is not None:
+            scores = (*value(q).shape[:3], value(k).shape[2])
+            key = parts.mask, tuple(map(integer, scores))
+            if key not in proofs:
+                proofs[key] = prove(parts.mask, scores, right_padded=self.right_padded)
+            mask = proofs[key]
+            if isinstance(mask, Kept):
+                return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
+        if reason := _mask_problem(mask, parts):
+            return Miss(reason, node, source_line(parts.mask or node), 2)
+        k, v, inner = _stored(k, v, value(q).shape[1])
+        target, args = _operator(mask, parts, k, v)
+        variant = ", ".join(filter(None, (str(mask), parts.sinks and "sinks", parts.variant)))
+        return Match(target, args, {node: 0}, parts.interior | inner, variant, (0, 1, 2))
 
 
-def _site(node: fx.Node, proofs: dict[tuple[fx.Node, Shape], Mask | Kept], right_padded: bool) -> Match | Miss:
-    given = arguments(node)
-    q, k, v = given["query"], given["key"], given["value"]
-    if reason := _problem(q, k, v, given):
-        return Miss(reason, node, source_line(node), 1)
-    causal, window = given["is_causal"], None
-    if (tensor := given["attn_mask"]) is not None:
-        scores = (*value(q).shape[:3], value(k).shape[2])
-        key = tensor, tuple(map(integer, scores))
-        if key not in proofs:
-            proofs[key] = prove(tensor, scores, right_padded=right_padded)
-        mask = proofs[key]
-        if isinstance(mask, Kept):
-            return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
-        causal, window = mask.causal, mask.window
-        if window is not None and not causal:
-            return Miss(f"{mask} without causal: no kernel, the mask is kept", node, source_line(tensor), 2)
-    if causal and not statically_known_true(value(q).shape[2] == value(k).shape[2]):
-        reason = f"causal with {value(q).shape[2]} queries and {value(k).shape[2]} keys: aligned differently by kernels"
-        return Miss(reason, node, source_line(node), 2)
-    scale = value(q).shape[3] ** -0.5 if given["scale"] is None else given["scale"]
-    k, v, inner = _stored(k, v, value(q).shape[1])
-    variant = "everything visible" if not causal else "causal" if window is None else f"causal ∧ window {window}"
-    return Match(attention, (q, k, v, causal, scale, window), {node: 0}, frozenset({node, *inner}), variant, (0, 1, 2))
+def _mask_problem(mask: Mask, parts: Parts) -> str | None:
+    """Why no operator has this mask."""
+    queries, keys = value(parts.q).shape[2], value(parts.k).shape[2]
+    if mask.window is not None and not mask.causal:
+        return f"{mask} without causal: no kernel, the mask is kept"
+    if mask.causal and not statically_known_true(queries == keys):
+        return f"causal with {queries} queries and {keys} keys: aligned differently by kernels"
+    if mask.documents is None:
+        return None
+    if parts.sinks is not None:
+        return f"{mask} with sinks: no kernel, the mask is kept"
+    numbers, batch = value(mask.documents).shape, value(parts.q).shape[0]
+    if not statically_known_true(numbers[0] == batch) and not isinstance(batch, int):
+        return f"{mask}: one row of documents for a batch of unknown size, the mask is kept"
+    return None
+
+
+def _operator(mask: Mask, parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operator, tuple[Any, ...]]:
+    """The operator that has this mask, and its arguments."""
+    how = mask.causal, parts.scale, mask.window
+    if parts.sinks is not None:
+        return sink_attention, (parts.q, k, v, parts.sinks, *how)
+    if mask.documents is None:
+        return attention, (parts.q, k, v, *how)
+    numbers: Any = mask.documents
+    batch = value(parts.q).shape[0]
+    if not statically_known_true(value(numbers).shape[0] == batch):
+        numbers = Call(aten.expand.default, (numbers, [batch, -1]), shared=True)
+    offsets = Call(cu_seqlens, (numbers,), shared=True)  # for all layers
+    return packed_attention, (parts.q, k, v, offsets, Call(extents, (offsets,), shared=True), *how)
 
 
 def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str | None:

@@ -51,6 +51,7 @@ class Elements:
         self.domain = Domain(sizes)
         self._known: dict[tuple[fx.Node, Index], Value | Unknown] = {}
         self._origins: dict[str, Unknown] = {}
+        self._nodes: dict[str, fx.Node] = {}
         self._path: list[fx.Node] = []
 
     def visible(self, mask: fx.Node, index: Index) -> Formula:
@@ -60,6 +61,10 @@ class Elements:
     def origin(self, element: AppliedUndef) -> Unknown:
         """Why an element is unknown."""
         return self._origins[str(element.func)]
+
+    def node_of(self, element: AppliedUndef) -> fx.Node:
+        """The node of whose tensor it is an element."""
+        return self._nodes[str(element.func)]
 
     def at(self, node: fx.Node, index: Index) -> Value:
         """The value of ``node[index]``.
@@ -100,6 +105,7 @@ class Elements:
         if dtype not in (torch.bool, *INTEGERS):
             return unknown
         self._origins.setdefault(node.name, unknown)
+        self._nodes[node.name] = node
         element = sympy.Function(node.name, integer=True)(*index)
         return Atom(element, "!=") if dtype == torch.bool else element
 
@@ -197,7 +203,7 @@ def _fill(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["value"], node, index)
 
 
-@_rule(aten._to_copy.default, aten.to.dtype, aten.detach.default)
+@_rule(aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.detach.default)
 def _copy(elements: Elements, node: fx.Node, index: Index) -> Value:
     return elements.operand(arguments(node)["self"], node, index)
 

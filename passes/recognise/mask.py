@@ -7,7 +7,7 @@ symbolic, and nothing is ever tried out at one size. What no rule explains stays
 indices at which it is read; a formula that still contains one depends on data, or on an operator without a rule.
 
 The formula of a mask is a conjunction; each of its parts has to be one of the kinds below (:class:`Causal`,
-:class:`Window`), or the mask is kept as it is, with the reason.
+:class:`Window`, :class:`Documents`), or the mask is kept as it is, with the reason.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from sympy.core.function import AppliedUndef
 from torch import fx
 
 from ..rewrite import source_line, value
+from .documents import BATCH, KEY, QUERY, Documents, between, documents_of
 from .elements import Elements, input_name
 from .indexing import Shape, align, integer, shape_of
 from .predicate import And, Atom, Formula, conjunction
 from .values import Unknown, unknowns
 
-BATCH, HEAD, QUERY, KEY = sympy.symbols("batch head query key", integer=True, nonnegative=True)
+HEAD = sympy.Symbol("head", integer=True, nonnegative=True)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Window:
         return f"window {self.width}"
 
 
-Kind = Causal | Window
+Kind = Causal | Window | Documents
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Mask:
     @property
     def window(self) -> int | None:
         return min((kind.width for kind in self.kinds if isinstance(kind, Window)), default=None)
+
+    @property
+    def documents(self) -> fx.Node | None:
+        return next((kind.numbers for kind in self.kinds if isinstance(kind, Documents)), None)
 
     def __str__(self) -> str:
         return " ∧ ".join(sorted(map(str, self.kinds))) or "everything visible"
@@ -99,13 +104,15 @@ def prove(mask: fx.Node, scores: tuple[int | torch.SymInt, ...], *, right_padded
         formula = visibility(mask, sizes, elements)
     except Unknown as unknown:
         return Kept(unknown.reason, unknown.node, unknown.source_line or source_line(mask))
-    kinds: set[Kind] = set()
+    parts = set(_parts(formula))
+    kinds: set[Kind] = {found for part in parts if (found := documents_of(part, elements))}
     strangers: list[Formula] = []
-    for part in _parts(formula):
-        if (kind := _kind(part)) is None:
-            strangers.append(part)
-        else:
+    for part in parts:
+        inside = _within(kinds, part, elements)
+        if (kind := _kind(inside)) is not None:
             kinds.add(kind)
+        elif inside is not True and documents_of(part, elements) is None:
+            strangers.append(part)
     if right_padded and Causal() in kinds:
         strangers = [part for part in strangers if not _is_padding(part, elements)]
     return _kept(mask, strangers, elements) if strangers else Mask(frozenset(kinds))
@@ -136,6 +143,14 @@ def _kind(part: Formula) -> Kind | None:
     if reach.is_Integer and reach >= 0:
         return Window(int(reach) + 1)
     return None
+
+
+def _within(kinds: set[Kind], part: Formula, elements: Elements) -> Formula:
+    """What a part of the conjunction says where the documents among its other parts hold."""
+    for kind in kinds:
+        if isinstance(kind, Documents):
+            part = between(kind, part, elements)
+    return part
 
 
 def _is_padding(part: Formula, elements: Elements) -> bool:

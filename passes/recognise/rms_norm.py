@@ -22,6 +22,7 @@ from ..vocabulary import mean, rsqrt, sqrt, square, sum_of
 
 aten = torch.ops.aten
 linear = function("linear", aten.linear.default)
+clamp = function("clamp", aten.clamp.default)
 library_rms_norm = function("rms_norm", aten.rms_norm.default)
 
 
@@ -63,8 +64,15 @@ RMS_NORM = {
     "without weight": cast(normed).where(rounds_last),
     "L2 norm": cast(l2_normed).where(has_known_width),
 }
+# A layer norm is none of ours and none that we miss: Inductor makes one kernel of it and of what stands around it.
+LAYER_NORM = "the mean is subtracted: a layer norm"
+centred = xf - mean(xf)
+layer_normed = cast(centred * rsqrt(mean(square(centred)) + eps) | centred / sqrt(mean(square(centred)) + eps))
+
 NEAR = {
     "the projection of x is scaled by x's norm, not x": linear(x, capture("projection")) * rsqrt(by_root_of_mean),
+    "x is given the magnitude of another value": xf * capture("magnitude") / sqrt(clamp(mean(square(xf)), eps)),
+    LAYER_NORM: weight * layer_normed | layer_normed,
 }
 
 
@@ -74,8 +82,12 @@ class RmsNorm:
     name = "rms_norm"
 
     def find(self, graph: fx.Graph) -> Iterator[Match | Miss]:
-        for result in search(graph, RMS_NORM, heart=frozenset({aten.rsqrt.default}), close=3, near=NEAR):
-            yield result if isinstance(result, Miss) else _match(*result)
+        heart = frozenset({aten.rsqrt.default, aten.sqrt.default})
+        for result in search(graph, RMS_NORM, heart=heart, close=3, near=NEAR):
+            if not isinstance(result, Miss):
+                yield _match(*result)
+            elif result.reason != LAYER_NORM:
+                yield result
 
 
 def _match(node: fx.Node, found: Found) -> Match:

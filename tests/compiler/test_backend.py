@@ -83,9 +83,10 @@ def test_eager_lowering_equals_eager(name: str, lora: float | None) -> None:
 def test_inductor_lowering_equals_eager(name: str, lora: float | None, budget: int | None) -> None:
     owner = model(name, lora=lora)
     reports: list[GraphReport] = []
+    inputs = packed() if name == "tiny-qwen3" else batch()  # documents are found there, and recomputed under no budget
     with torch._inductor.config.patch(fallback_random=True):
         run = compiled(owner, Options(strict=True, memory_budget=budget), reports)
-        assert_same(step(run, owner, batch()), step(owner, owner, batch()))
+        assert_same(step(run, owner, inputs), step(owner, owner, inputs))
     plan = reports[0].partitioner.last_plan
     assert plan.policy == ("keep" if budget is None else "recompute") and plan.saved_bytes > 0
 
@@ -125,20 +126,33 @@ def test_a_batch_padded_on_the_left_equals_eager() -> None:
     assert_same(step(run, owner, inputs), step(owner, owner, inputs))
 
 
+def packed(length: int = 16) -> dict[str, Any]:
+    """Two rows of two documents."""
+    positions = [torch.cat([torch.arange(n), torch.arange(length - n)]) for n in (6, 9)]
+    return {**batch(length), "position_ids": torch.stack(positions)}
+
+
 def test_packed_batch_equals_eager() -> None:
+    """The second length takes a graph whose sizes are symbolic, in which no mask is left either."""
     owner = model("tiny-llama")
-    inputs = batch(size=1)
-    inputs["position_ids"] = torch.cat([torch.arange(6), torch.arange(10)])[None]
-    run = compiled(owner, Options(strict=True, lowering="eager"), [])
-    together = step(run, owner, inputs)
-    assert_same(together, step(owner, owner, inputs))
-    assert abs(together[0] - step(owner, owner, batch(size=1))[0]) > 1e-6  # the documents do matter
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports := [])
+    for length in (16, 21):
+        inputs = packed(length)
+        together = step(run, owner, inputs)
+        assert_same(together, step(owner, owner, inputs))
+        assert abs(together[0] - step(owner, owner, batch(length))[0]) > 1e-6  # the documents do matter
+    assert len(reports) == 2
+    for report in reports:
+        (attention,) = (p for p in report.passes if p.name == "attention")
+        assert [s.detail for s in attention.rewritten] == ["causal ∧ documents"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_equals_eager(dtype: torch.dtype) -> None:
-    owner = model("tiny-llama", lora=0.0)
-    run = compiled(owner, Options(strict=True, lowering="eager"), [])
+@pytest.mark.parametrize("case", ["adapters", "a window", "packed"])
+def test_autocast_equals_eager(case: str, dtype: torch.dtype) -> None:
+    owner = model("tiny-llama", lora=0.0) if case == "adapters" else model("tiny-mistral")
+    inputs = packed(40) if case == "packed" else batch(24)  # longer than the window
+    run = compiled(owner, Options(strict=True, lowering="eager"), reports := [])
 
     def under(function):
         def call(**inputs):
@@ -148,8 +162,9 @@ def test_autocast_equals_eager(dtype: torch.dtype) -> None:
         return call
 
     # Summation orders differ in the low precision; float32 eager is the truth that both are compared with.
-    truth = step(owner, owner, batch())
-    eager, ours = step(under(owner), owner, batch()), step(under(run), owner, batch())
+    truth = step(owner, owner, inputs)
+    eager, ours = step(under(owner), owner, inputs), step(under(run), owner, inputs)
+    assert all(len(p.rewritten) == 2 for r in reports for p in r.passes if p.name == "attention")
     for name, gradient in truth[1].items():
         error = [float((s[1][name] - gradient).norm() / gradient.norm()) for s in (ours, eager)]
         assert error[0] <= 1.2 * error[1] + 4 * torch.finfo(dtype).eps, (name, error)

@@ -19,11 +19,26 @@ def test_norms_in_every_spelling() -> None:
         a = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
         b = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-6) * w
         c = x * ((x * x).mean(-1, keepdim=True) + 1e-6).pow(-0.5)
-        d = layer_norm(x, (8,))
+        d = torch.rms_norm(x, (8,))
         no_norms = torch.rsqrt(w.abs() + 1) + torch.sqrt(w.abs()) + w.abs().pow(-0.5)
         return (a + b + c + d + no_norms).sum()
 
     assert places(function, torch.randn(2, 8), torch.ones(8, requires_grad=True)) == {"norm": (0, 4)}
+
+
+def test_layer_norms_are_counted_apart() -> None:
+    """They subtract the mean; something else that is subtracted makes none of them."""
+
+    def function(x, w):
+        centred = x - x.mean(-1, keepdim=True)
+        a = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+        b = (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + 1e-6)
+        moved = x - w
+        c = moved * torch.rsqrt(moved.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (a + b + c + layer_norm(x, (8,))).sum()
+
+    counted = places(function, torch.randn(2, 8), torch.ones(8, requires_grad=True))
+    assert counted == {"norm": (0, 1), "layer norm": (0, 3)}
 
 
 def test_rotations_in_every_spelling() -> None:

@@ -89,7 +89,8 @@ def test_what_nothing_comes_close_to_is_named() -> None:
     class Softmax(torch.nn.Linear):
         def forward(self, x):
             y = super().forward(x)
-            return (torch.softmax(y @ y.mT, -1) @ y).sum() + torch.nn.functional.layer_norm(y, (4,)).square().sum()
+            layer_norm = torch.nn.functional.layer_norm(y, (4,))
+            return (torch.softmax(y @ y.mT, -1) @ y + torch.rms_norm(y, (4,)) + layer_norm).square().sum()
 
     explanation = explain(Softmax(4, 4), (torch.ones(1, 2, 4),), options={"disable": ["attention", "rms_norm"]})
     assert [(p.family, (p.source_line or "")[:13]) for p in explanation.unexplained] == [
@@ -97,6 +98,7 @@ def test_what_nothing_comes_close_to_is_named() -> None:
         ("norm", "test_page.py:"),
     ]
     assert "left        norm in graph: no formula of ours comes close  (test_page.py:" in str(explanation)
+    assert "left        1 layer norm: left to Inductor" in str(explanation)
     assert "Left as they are" in explanation.to_html()
 
 

@@ -22,8 +22,9 @@ from tests.kernels.oracle import (
     opcheck,
     symbolic,
 )
-from unsloth.kernels import attention as module
-from unsloth.kernels.attention import Backend, attention, choose_backend, forced_backend
+from unsloth.kernels import attention_libraries as module
+from unsloth.kernels.attention import attention
+from unsloth.kernels.attention_libraries import Backend, choose_backend, forced_backend
 
 CUDA = DEVICE == "cuda"
 LIBRARIES: list[Backend] = ["cudnn", "flash"] if CUDA else ["cpu"]
@@ -48,8 +49,7 @@ def runs(library: Backend, shape: tuple[int, ...]) -> bool:
     """Whether a library may be forced on a shape: cuDNN only where it would be chosen."""
     if library != "cudnn":
         return True
-    q, k, _ = make(shape)
-    return module._cudnn_is_best(q, k)
+    return module.cudnn_is_best(*make(shape))
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = HALF, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,7 +263,7 @@ def fresh(x: Tensor) -> tuple[int, ...]:
 
 def test_views_of_a_fused_projection_are_read_in_place() -> None:
     for x in projection((2, 4, 2, 33, 33, 16)):
-        assert module._readable(x) is x
+        assert module.readable(x) is x
 
 
 # -- contract ----------------------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_supports_says_why_not() -> None:
     assert "[batch, heads, length, width]" in str(attention.supports(q[0], k[0], v[0], True, 0.2, None))
     assert "differ in dtype" in str(attention.supports(q.double(), k, v, True, 0.2, None))
     assert "batch size" in str(attention.supports(torch.cat([q, q]), k, v, True, 0.2, None))
-    assert "head sizes" in str(attention.supports(q, k, v[..., :40], True, 0.2, None))
+    assert "head sizes" in str(attention.supports(q, k[..., :40], v, True, 0.2, None))
     assert "cannot share" in str(attention.supports(q[:, :3], k, v, True, 0.2, None))
     assert "differ" in str(attention.supports(q, k, v[:, :, 1:], True, 0.2, None))
     assert "align the diagonal" in str(attention.supports(q, k[:, :, 1:], v[:, :, 1:], True, 0.2, None))
@@ -455,6 +455,30 @@ def test_flops_of_a_window() -> None:
         assert isinstance(attention.flops(q, k, v, True, 0.2, 8), torch.SymInt)
 
 
+# -- heads of two sizes ------------------------------------------------------------------------------------------------
+
+
+@each_library
+@pytest.mark.parametrize("channels", [16, 48])
+@pytest.mark.parametrize("window", [None, 4])
+def test_values_of_another_width(library: Backend, channels: int, window: int | None) -> None:
+    """As in multi-head latent attention; out has the values' width, and so has the reference's layout."""
+    if library == "cudnn" and (window is not None or not runs(library, (1, 4, 2, 33, 33, max(32, channels)))):
+        pytest.skip("cuDNN is not chosen here")
+
+    def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+        (q, k, _), (*_, v) = make(shape, dtype, seed), make((*shape[:5], channels), dtype, seed)
+        return q, k, v, True, 0.1, window
+
+    shapes = [(1, 4, 2, 33, 33, 32)]
+    with forced_backend(library):
+        assert_accurate(attention, inputs, eager, dtypes=DTYPES, shapes=shapes)
+    opcheck(attention, *inputs(shapes[0], HALF, 0))
+    q, k, v, *_ = inputs(shapes[0], HALF, 0)
+    assert attention.flops(q, k, v, True, 0.2, None) == 4 * 33 * 33 * (32 + channels)
+    assert attention.supports(q, k, v, True, 0.2, window) is None
+
+
 # -- which library -----------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +486,7 @@ def test_choice_on_the_cpu() -> None:
     q, k, v = make(SQUARES[1], torch.float32)
     q, k, v = q.cpu(), k.cpu(), v.cpu()
     assert choose_backend(q, k, v, True) == "cpu"
-    assert choose_backend(q, k, v[..., :8], True) == "explicit"
+    assert choose_backend(q, k, v[..., :8], True) == "cpu"
     assert choose_backend(q[:, :, :0], k, v, False) == "explicit"
     with forced_backend("explicit"):
         assert choose_backend(q, k, v, True) == "explicit"

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
+from tests.passes.recognising import assert_misses, assert_rewrites
 from tests.tracing import targets, trace
 from unsloth.compiler.capture import retrace
 from unsloth.passes.recognise.attention import Attention
@@ -407,9 +408,7 @@ def _assert_proven_is_real(gm: fx.GraphModule, node: fx.Node, inputs: Any) -> No
         assert torch.equal(real, ((back >= 0) & (back < window)).expand_as(real))
 
 
-@pytest.mark.parametrize(
-    ("name", "dynamic"), [("llama", False), ("llama", True), ("qwen3", False), ("phi3", True), ("mistral", False)]
-)
+@pytest.mark.parametrize(("name", "dynamic"), [("llama", True), ("qwen3", False), ("phi3", True), ("mistral", False)])
 def test_every_attention_of_a_model(name: str, dynamic: bool) -> None:
     config = CONFIGS[name]()
     results = in_model(config, dynamic)
@@ -440,13 +439,21 @@ def rewritten(model: torch.nn.Module, dynamic: bool) -> Any:
 
 @MODES
 def test_a_window_is_as_wide_as_the_model_says(dynamic: bool) -> None:
-    """In a model of one layer the token at i - window + 1 moves the logits at i, the one before it does not."""
+    """In a model of one layer the token at i - window + 1 moves the logits at i, the one before it does not.
+
+    Logits and gradients are eager's.
+    """
     model = AutoModelForCausalLM.from_config(CONFIGS["mistral, window"](), attn_implementation="sdpa")
     compiled = rewritten(model, dynamic)
     window = model.config.sliding_window
     ids = torch.randint(1, 64, (2, LENGTH))
+    results = []
+    for run in (model, compiled):
+        logits = run(input_ids=ids, use_cache=False).logits
+        results.append((logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     query = LENGTH - 1
-    before = compiled(input_ids=ids, use_cache=False).logits[:, query]
+    before = results[1][0][:, query]
     for position, seen in ((query - window, False), (query - window + 1, True)):
         other = ids.clone()
         other[:, position] = ids[:, position] % 63 + 1
@@ -454,24 +461,152 @@ def test_a_window_is_as_wide_as_the_model_says(dynamic: bool) -> None:
         assert torch.equal(after, before) is not seen
 
 
-@MODES
-def test_a_model_with_a_window_keeps_its_gradients(dynamic: bool) -> None:
-    model = AutoModelForCausalLM.from_config(CONFIGS["mistral, window"](), attn_implementation="sdpa")
+def test_a_model_with_padding_keeps_its_mask() -> None:
+    ones = torch.ones(2, LENGTH, dtype=torch.int64)
+    (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, attention_mask=ones)
+    assert isinstance(result, Miss)
+    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
+    assert str(result.source_line).startswith("masking_utils.py:")
+
+
+# -- packed documents --------------------------------------------------------------------------------------------------
+
+PACKED = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6], [0, 1, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("llama", True), ("mistral, window", False)])
+def test_a_packed_batch(name: str, dynamic: bool) -> None:
+    """No mask is left, layers share their offsets, and loss and gradients are eager's."""
+    config = CONFIGS[name]()
+    config.num_hidden_layers = 2
+    config.sliding_window = 3 if "window" in name else None  # shorter than some documents
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    seen: list[str] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        expected = "causal ∧ documents" + (" ∧ window 3" if config.sliding_window else "")
+        assert [s.detail for s in report.rewritten] == [expected] * 2 and not report.missed, report
+        seen.extend(targets(result))
+        sizes = [n.meta["val"].numel() for n in result.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+        assert dynamic or 2 * LENGTH * LENGTH not in sizes
+        return result
+
+    torch._dynamo.reset()
     ids = torch.randint(1, 64, (2, LENGTH))
     gradients = []
-    for run in (model, rewritten(model, dynamic)):
-        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
+    for run in (model, torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)):
+        loss = run(input_ids=ids, position_ids=PACKED, labels=ids, use_cache=False).loss
         gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    assert [seen.count(name) for name in ("cu_seqlens", "extents", "packed_attention")] == [1, 1, 2]
 
 
-def test_a_model_with_masks_from_data() -> None:
-    ones = torch.ones(2, LENGTH, dtype=torch.int64)
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]] * 2)
-    for inputs, reason in (
-        ({"attention_mask": ones}, "the mask is kept: depends on the input attention_mask (padding)"),
-        ({"position_ids": positions}, "the mask is kept: depends on the input position_ids (documents)"),
-    ):
-        (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, **inputs)
-        assert isinstance(result, Miss) and result.reason == reason
-        assert str(result.source_line).startswith("masking_utils.py:")
+def test_documents_of_a_packed_batch_are_apart() -> None:
+    """Other words in the first document change not a bit of the second one's logits, nor of their gradients."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa")
+    compiled = rewritten(model, dynamic=False)
+    ids = torch.randint(1, 64, (1, LENGTH))
+    other = ids.clone()
+    other[:, :5] = ids[:, :5] % 63 + 1
+    results = []
+    for words in (ids, other):
+        table = model.get_input_embeddings()(words).detach().requires_grad_()
+        logits = compiled(inputs_embeds=table, position_ids=PACKED[:1], use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits[:, 5:].square().sum(), table)
+        assert not gradient[:, :5].any()
+        results.append((logits[:, 5:], gradient[:, 5:]))
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
+# -- written out -------------------------------------------------------------------------------------------------------
+
+
+def _softmax(scores: Tensor, v: Tensor) -> Tensor:
+    weights = torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.nn.functional.dropout(weights, p=0.0) @ v
+
+
+def _added(q: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[2])
+    return torch.where(positions <= positions[:, None], 0.0, torch.finfo(q.dtype).min)
+
+
+def _column(scores: Tensor, sinks: Tensor) -> Tensor:
+    return torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)], dim=-1)
+
+
+def _less_its_maximum(x: Tensor) -> Tensor:
+    return x - x.max(dim=-1, keepdim=True).values
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+WRITTEN: dict[str, Callable[..., Tensor]] = {
+    "times a scale": lambda q, k, v: _softmax(q @ k.transpose(2, 3) * 0.3 + _added(q), v),
+    "over a divisor": lambda q, k, v: _softmax(q @ k.transpose(-1, -2) / 3.0 + _added(q), v),
+    "scaled queries": lambda q, k, v: _softmax((q * 0.3) @ k.transpose(2, 3) + _added(q), v),
+    "no mask": lambda q, k, v: (q @ k.mT * 0.3).softmax(-1) @ v,
+    "grouped": lambda q, k, v: _softmax(
+        q @ repeated(k[:, :2], 2).transpose(2, 3) * 0.3 + _added(q), repeated(v[:, :2], 2)
+    ),
+    "less its maximum": lambda q, k, v: _softmax(_less_its_maximum(q @ k.transpose(2, 3) * 0.3 + _added(q)), v),
+}
+SUNK: dict[str, Callable[..., Tensor]] = {
+    "a sink as a column": lambda q, k, v, s: (
+        _less_its_maximum(_column(q @ k.transpose(2, 3) * 0.3 + _added(q), s)).softmax(-1)[..., :-1] @ v
+    ),
+    "a sink as a factor": lambda q, k, v, s: (
+        _softmax(x := q @ k.transpose(2, 3) * 0.3 + _added(q), v)
+        * (x.logsumexp(-1) - s.view(1, -1, 1)).sigmoid().unsqueeze(-1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, *SUNK])
+def test_written_out(name: str) -> None:
+    arguments = (heads(4, 5), heads(4, 5), heads(4, 5))
+    if name in SUNK:
+        arguments += (torch.randn(4, requires_grad=True),)
+    formula = WRITTEN.get(name) or SUNK[name]
+    to = "sink_attention" if name in SUNK else "attention"
+    assert_rewrites(Attention(), lambda *x: _flat(formula(*x)), *arguments, to=to)
+
+
+NEARLY: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "dropped": (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v, "dropped with probability 0.5"),
+    "over queries": (lambda q, k, v: (q @ k.mT * 0.3).softmax(-2) @ v, "not over the keys alone"),
+    "capped": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT * 0.3 / 50.0) * 50.0 + _added(q), v), "capped by tanh"),
+    "a learnt bias": (lambda q, k, v: (q @ k.mT * 0.3 + q.mean()).softmax(-1) @ v, "the mask is kept: "),
+    "shifted": (lambda q, k, v: (q @ k.mT * 0.3 + _added(q).roll(1, 0)).softmax(-1) @ v, "the mask is kept: "),
+    "a sink per query": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+        "the sinks are no number per head",
+    ),
+    "the first column cut off": (
+        lambda q, k, v: _column(q @ k.mT, q[0, :, 0, 0]).softmax(-1)[..., 1:] @ v,
+        "does not leave out the last column alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_what_is_nearly_attention_is_kept(name: str) -> None:
+    function, because = NEARLY[name]
+    assert_misses(Attention(), function, heads(4, 5), heads(4, 5), heads(4, 5), because=because)
+
+
+# -- heads of two sizes ------------------------------------------------------------------------------------------------
+
+
+def test_values_narrower_than_queries() -> None:
+    """Multi-head latent attention: the operator's result and gradients are eager's."""
+
+    def latent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 5, -1)
+
+    arguments = (heads(4, 5, 24), heads(4, 5, 24), heads(4, 5, 16))
+    assert_rewrites(Attention(), latent, *arguments, to="attention", variant="causal")

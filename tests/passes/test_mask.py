@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import masking_utils as hf
 
 from tests.tracing import trace
 from unsloth.passes.recognise.elements import Elements
@@ -180,8 +181,7 @@ def test_data_is_kept_with_its_name(dynamic: bool) -> None:
     def padded(q: int, k: int, attention_mask: Tensor) -> Tensor:
         return _causal(q, k) & attention_mask.bool()[:, None, None, :]
 
-    def packed(q: int, k: int, position_ids: Tensor) -> Tensor:
-        document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    def numbered(q: int, k: int, document: Tensor) -> Tensor:
         return _causal(q, k) & (document[:, None, :, None] == document[:, None, None, :])
 
     def given(q: int, k: int, attention_mask: Tensor) -> Tensor:
@@ -190,12 +190,59 @@ def test_data_is_kept_with_its_name(dynamic: bool) -> None:
     ones, positions = torch.ones(2, 12, dtype=torch.int64), torch.arange(12).expand(2, 12).contiguous()
     for builder, inputs, reason in (
         (padded, {"attention_mask": ones}, "depends on the input attention_mask (padding)"),
-        (packed, {"position_ids": positions}, "depends on the input position_ids (documents)"),
+        (numbered, {"document": positions}, "depends on the input document (documents)"),
         (given, {"attention_mask": torch.ones(2, 1, 12, 12)}, "depends on the input attention_mask"),
         (given, {"attention_mask": torch.ones(12, 12, dtype=torch.bool)}, "depends on the input attention_mask"),
     ):
         result = proven(builder, dynamic=dynamic, **inputs)
         assert isinstance(result, Kept) and result.reason == reason
+
+
+def _packed(q: int, k: int, position_ids: Tensor) -> Tensor:
+    """As transformers finds documents: where a position does not follow the one before it."""
+    document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    b = torch.arange(position_ids.shape[0])[:, None, None, None]
+    q_idx, kv_idx = torch.arange(q)[None, None, :, None], torch.arange(k)[None, None, None, :]
+    return (position_ids[b, kv_idx] <= position_ids[b, q_idx]) & (document[b, q_idx] == document[b, kv_idx])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_documents(rows: int, dynamic: bool) -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]] * rows)
+
+    def in_a_window(q: int, k: int, position_ids: Tensor) -> Tensor:
+        return _packed(q, k, position_ids) & (_rows(q) - _columns(k) < 3)
+
+    for builder, text in ((_packed, "causal ∧ documents"), (in_a_window, "causal ∧ documents ∧ window 3")):
+        mask = proven(builder, dynamic=dynamic, position_ids=positions)
+        assert isinstance(mask, Mask) and str(mask) == text and mask.causal
+        assert mask.documents is not None and mask.documents.target is torch.ops.aten.cumsum.default
+
+
+NEARLY_DOCUMENTS: dict[str, Builder] = {
+    "numbers that may come back": lambda q, k, x: x[:, None, :, None] == x[:, None, None, :],
+    "a sum, which may decrease": lambda q, k, x: x.cumsum(-1)[:, None, :, None] == x.cumsum(-1)[:, None, None, :],
+    "counted along the batch": lambda q, k, x: _both((x != 1).cumsum(0)),
+    "the key's neighbour": lambda q, k, x: _both((x != 1).cumsum(-1), 1),
+    "not the same": lambda q, k, x: ~_both((x != 1).cumsum(-1)),
+    "no later one": lambda q, k, x: (x != 1).cumsum(-1)[:, None, :, None] >= (x != 1).cumsum(-1)[:, None, None, :],
+    "two counts": lambda q, k, x: (x != 1).cumsum(-1)[:, None, :, None] == (x != 2).cumsum(-1)[:, None, None, :],
+    "of the first row": lambda q, k, x: _both((x != 1).cumsum(-1)[:1]),
+}
+
+
+def _both(numbers: Tensor, shift: int = 0) -> Tensor:
+    return numbers[:, None, :, None] == numbers.roll(shift, -1)[:, None, None, :]
+
+
+@pytest.mark.parametrize("name", NEARLY_DOCUMENTS)
+def test_what_is_nearly_documents_is_kept(name: str) -> None:
+    def builder(q: int, k: int, position_ids: Tensor) -> Tensor:
+        return _causal(q, k) & NEARLY_DOCUMENTS[name](q, k, position_ids)
+
+    result = proven(builder, position_ids=torch.randint(0, 3, (2, 12)))
+    assert isinstance(result, Kept) and "depends on the input position_ids" in result.reason
 
 
 # -- the decisive test: a formula equals the tensor that it was folded from, at any size -------------------------------
@@ -314,25 +361,40 @@ _MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    piece=booleans,
-    form=st.sampled_from(sorted(_MASKS)),
+    pieces=st.lists(st.tuples(booleans, st.sampled_from(sorted(_MASKS))), min_size=5, max_size=5),
     symbolic=st.booleans(),
     square=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_formulas_equal_tensors(piece: Piece, form: str, symbolic: bool, square: bool, seed: int) -> None:
-    def builder(q_data: Tensor, k_data: Tensor) -> Tensor:
+def test_formulas_equal_tensors(pieces: list[tuple[Piece, str]], symbolic: bool, square: bool, seed: int) -> None:
+    """Of 60 masks, five to a graph: tracing takes longer than what is tested."""
+
+    def builder(q_data: Tensor, k_data: Tensor) -> list[Tensor]:
         env = {"b": q_data.shape[0], "q": q_data.shape[1], "k": k_data.shape[1], "q_data": q_data, "k_data": k_data}
-        return _MASKS[form](piece(env))
+        return [_MASKS[form](piece(env)) for piece, form in pieces]
 
     generator = np.random.default_rng(seed)
     traced = inputs_of(generator, 3, 7, 7 if square else 5)
     gm = make_fx(builder, pre_dispatch=True, tracing_mode="symbolic" if symbolic else "fake")(*traced)
-    mask = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+    (masks,) = (n.args[0] for n in gm.graph.nodes if n.op == "output")
     q_node, k_node = (n.meta["val"].shape for n in gm.graph.nodes if n.op == "placeholder")
     scores = (q_node[0], 2, q_node[1], k_node[1])
+    runs = [traced]
+    if symbolic:
+        runs = []
+        for _ in range(2):
+            queries = int(generator.integers(2, 9))
+            keys = queries if square else queries + 2
+            runs.append(inputs_of(generator, int(generator.integers(2, 5)), queries, keys))
+    recordings = [(inputs, recorded(gm, *inputs)) for inputs in runs]
+    for mask in masks:
+        assert_folded(gm, mask, scores, recordings)
+
+
+def assert_folded(gm: fx.GraphModule, mask: fx.Node, scores: Any, recordings: Any) -> None:
+    """A mask's formula is the mask of every recorded run, and so is what is proven of it."""
     result = prove(mask, scores)
     elements = Elements(dict(zip((BATCH, HEAD, QUERY, KEY), map(integer, scores), strict=True)))
     try:
@@ -340,13 +402,9 @@ def test_formulas_equal_tensors(piece: Piece, form: str, symbolic: bool, square:
     except Unknown:
         assert isinstance(result, Kept)
         return
-    for _ in range(2):
-        if symbolic:
-            queries = int(generator.integers(2, 9))
-            traced = inputs_of(generator, int(generator.integers(2, 5)), queries, queries if square else queries + 2)
-        values = recorded(gm, *traced)
+    for inputs, values in recordings:
         real = values[mask]
-        batch, queries, keys = traced[0].shape[0], traced[0].shape[1], traced[1].shape[1]
+        batch, queries, keys = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
         visible = (real if real.dtype == torch.bool else real == 0).expand(batch, 2, queries, keys)
         if real.dtype != torch.bool:
             assert ((real == 0) | (real <= HIDDEN)).all()
@@ -355,7 +413,8 @@ def test_formulas_equal_tensors(piece: Piece, form: str, symbolic: bool, square:
         folded = np.broadcast_to(evaluate(formula, grids, sizes, gm, values), visible.shape)
         np.testing.assert_array_equal(folded, visible.numpy())
         if isinstance(result, Mask):
-            np.testing.assert_array_equal(meaning(result, queries, keys).expand_as(visible).numpy(), visible.numpy())
+            promised = meaning(result, queries, keys, values).expand_as(visible)
+            np.testing.assert_array_equal(promised.numpy(), visible.numpy())
 
 
 def inputs_of(generator: np.random.Generator, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -395,13 +454,91 @@ def evaluate(formula: Formula, grids: Any, sizes: Any, gm: fx.GraphModule, value
     return {">=": np.greater_equal, "==": np.equal, "!=": np.not_equal}[formula.relation](number, 0)
 
 
-def meaning(mask: Mask, queries: int, keys: int) -> Tensor:
-    """What the names of the kinds promise."""
+def meaning(mask: Mask, queries: int, keys: int, values: dict[fx.Node, Any]) -> Tensor:
+    """What the names of the kinds promise: [1 or batch, 1, queries, keys]."""
     back = torch.arange(queries)[:, None] - torch.arange(keys)
-    visible = torch.ones(queries, keys, dtype=torch.bool)
+    visible = torch.ones(1, 1, queries, keys, dtype=torch.bool)
     if mask.causal:
-        visible &= back >= 0
-    return visible if mask.window is None else visible & (back < mask.window)
+        visible = visible & (back >= 0)
+    if mask.window is not None:
+        visible = visible & (back < mask.window)
+    if mask.documents is not None:
+        numbers = values[mask.documents]
+        assert (numbers.diff() >= 0).all()  # a document lies in one piece
+        visible = visible & (numbers[:, None, :, None] == numbers[:, None, None, :])
+    return visible
+
+
+# -- as transformers builds them ---------------------------------------------------------------------------------------
+
+_FUNCTIONS = st.one_of(
+    st.sampled_from(["causal", "bidirectional", "documents", "padding"]),
+    st.tuples(st.sampled_from(["window", "window both ways", "chunks"]), st.integers(1, 9)),
+)
+
+
+def _function(name: Any, inputs: dict[str, Tensor], documents: Tensor) -> Callable[..., Any]:
+    match name:
+        case "causal":
+            return hf.causal_mask_function
+        case "bidirectional":
+            return hf.bidirectional_mask_function
+        case "documents":
+            return hf.packed_sequence_mask_function(documents)
+        case "padding":
+            return hf.padding_mask_function(inputs["attention_mask"].bool())
+        case ("window", width):
+            return hf.sliding_window_overlay(width)
+        case ("window both ways", width):
+            return hf.sliding_window_bidirectional_overlay(width)
+        case (_, size):
+            return hf.chunked_overlay(size, torch.zeros(2, dtype=torch.int64))
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    conjunctions=st.lists(st.lists(_FUNCTIONS, min_size=1, max_size=4), min_size=10, max_size=10),
+    remapped=st.booleans(),
+    additive=st.booleans(),
+    rows=st.lists(st.lists(st.integers(1, 5), min_size=4, max_size=4), min_size=2, max_size=2),
+    start=st.integers(0, 3),
+)
+def test_conjunctions_of_transformers(
+    conjunctions: list[list[Any]], remapped: bool, additive: bool, rows: list[list[int]], start: int
+) -> None:
+    """500 random conjunctions of its mask functions are proven to be exactly the tensor they make, or kept."""
+    length = 7
+    positions = torch.stack([torch.cat([torch.arange(start, start + n) for n in row] * 2)[:length] for row in rows])
+
+    def build(position_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        documents = hf.find_packed_sequence_indices(position_ids)
+        assert documents is not None
+        arange = torch.arange(length)
+        index = (torch.arange(2)[:, None, None, None], torch.arange(1)[None, :, None, None])
+        index += (arange[None, None, :, None], arange[None, None, None, :])
+        masks = []
+        for names in conjunctions:
+            function = hf.and_masks(*(_function(name, {"attention_mask": attention_mask}, documents) for name in names))
+            if remapped and not {"documents", "padding"} & set(map(str, names)):  # those are read at indices
+                function = hf.remap_positions_for_packed_sequence(function, position_ids)
+                function = hf.and_masks(function, hf.packed_sequence_mask_function(documents))
+            mask = function(*index).expand(2, 1, length, length)
+            masks.append(torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask)
+        return masks
+
+    inputs = positions, torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    gm = make_fx(build, pre_dispatch=True, tracing_mode="fake")(*inputs)
+    (nodes,) = (n.args[0] for n in gm.graph.nodes if n.op == "output")
+    values = recorded(gm, *inputs)
+    for mask, names in zip(nodes, conjunctions, strict=True):
+        result = prove(mask, (2, 4, length, length))
+        if isinstance(result, Kept):
+            simple = all(name in ("causal", "documents") or name[0] == "window" for name in names)
+            assert not simple, result.reason
+            continue
+        assert "padding" not in names
+        real = values[mask] == 0 if additive else values[mask]
+        assert torch.equal(meaning(result, length, length, values).expand_as(real), real), str(result)
 
 
 def test_an_atom_prints_as_it_is_read() -> None:

@@ -1,0 +1,192 @@
+"""Attention written out as softmax(q kT * scale + mask) v, with sinks in the two ways that models write them.
+
+What a formula finds, :class:`Parts`, is what PyTorch's own attention would be called with; what becomes of it is the
+business of :mod:`attention`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..pattern import Attempt, Found, Pattern, capture, cast, describe, function, is_cast, number
+from ..rewrite import Miss, value
+from ..search import search
+from ..vocabulary import cat, sigmoid, tanh, unsqueeze
+from .indexing import arguments, inside, operand_of, shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One attention.
+
+    Attributes:
+        node: what computes its result.
+        interior: the nodes that the formula consumed, ``node`` included.
+        mask: boolean, or added to the scores, or None.
+        sinks: [heads], or None.
+        variant: which spelling it was.
+    """
+
+    node: fx.Node
+    interior: frozenset[fx.Node]
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    mask: fx.Node | None
+    sinks: fx.Node | None
+    variant: str
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def _swaps_last_two(node: fx.Node, rest: dict[str, Any]) -> str | None:
+    rank = value(node).dim()
+    swapped = {d % rank for d in (rest["dim0"], rest["dim1"])} == {rank - 1, rank - 2}
+    return None if swapped else "the keys are not transposed in their last two dimensions"
+
+
+def _over_keys(node: fx.Node, rest: dict[str, Any]) -> str | None:
+    dims = rest["dim"] if isinstance(rest["dim"], (list, tuple)) else [rest["dim"]]
+    alone = [d % value(node.args[0]).dim() for d in dims] == [value(node.args[0]).dim() - 1]
+    return None if alone else f"the {describe(node)} is not over the keys alone"
+
+
+def _any(node: fx.Node, rest: dict[str, Any]) -> None:
+    return None  # asked by `_attends`, when all of the formula is there: the reason is worth more then
+
+
+class _Values(Pattern):
+    """The values of ``max``, which returns their positions as well."""
+
+    def __init__(self, inner: Pattern) -> None:
+        self.inner, self.size = inner, 1 + inner.size
+
+    def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
+        if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == 0:
+            return self.inner.match(node.args[0], found.through(node), attempt)
+        return attempt.dead_end(f"expected the values of max, found {describe(node)}", node, found)
+
+
+matmul = function("matmul", aten.matmul.default)
+transposed = function("transpose", aten.transpose.int, check=_swaps_last_two)
+softmax = function("softmax", aten.softmax.int, check=_over_keys)
+logsumexp = function("logsumexp", aten.logsumexp.default, check=_over_keys)
+dropout = function("dropout", aten.dropout.default, check=_any)
+all_but_the_last = function("slice", aten.slice.Tensor, check=_any)
+amax = function("amax", aten.amax.default, check=_over_keys)
+_max = function("max", aten.max.dim, check=_over_keys)
+
+
+def largest(x: Pattern) -> Pattern:
+    """The largest of the last dimension, which stays."""
+    return _Values(_max(x)) | amax(x)
+
+
+# -- the formulas ------------------------------------------------------------------------------------------------------
+
+
+def _attends(node: fx.Node, found: Found) -> str | None:
+    """What the formula leaves open: shapes, what is dropped or cut off, and where a sink comes from."""
+    for inner in found.interior:
+        given = arguments(inner) if inner.target in (aten.dropout.default, aten.slice.Tensor) else {}
+        if given.get("train") and given["p"] != 0.0:
+            return f"attention weights are dropped with probability {given['p']}"
+        if inner.target is aten.slice.Tensor and not _leaves_out_the_last(inner, given):
+            return "the slice does not leave out the last column alone"
+    if any(value(found[name]).dim() != 4 for name in ("q", "k", "v")):
+        return "q, k and v are not [batch, heads, length, width]"
+    if "column" in found.captures and _per_head(found["column"]) is None:
+        return "the sinks are no number per head"
+    if not isinstance(found.captures.get("scale", 1.0), (int, float)):
+        return "the scale is not known when compiling"
+    return None
+
+
+def _leaves_out_the_last(node: fx.Node, given: dict[str, Any]) -> bool:
+    whole, end = value(given["self"]).shape, value(given["end"])
+    if given["dim"] % len(whole) != len(whole) - 1 or given["step"] != 1 or given["start"] not in (None, 0):
+        return False
+    return end is not None and (end == -1 or statically_known_true(end == whole[-1] - 1))
+
+
+def weighted(probabilities: Pattern) -> Pattern:
+    """Probabilities times values."""
+    return matmul(cast(dropout(cast(probabilities)) | cast(probabilities)), capture("v"))
+
+
+def stable_softmax(x: Pattern) -> Pattern:
+    """The softmax, whether or not the largest score was subtracted before; it does so itself."""
+    return softmax(cast(x - largest(x)) | cast(x))
+
+
+product = cast(matmul(capture("q"), transposed(capture("k"))))
+scaled = product * number("scale") | product / number("divisor") | product
+scores = capture("scores", cast(scaled) + capture("mask") | cast(scaled))
+joined = capture("joined", cat(cast(scores), capture("column")))
+above_the_sink = cast(unsqueeze(sigmoid(cast(logsumexp(cast(scores))) - capture("column")), -1))
+
+ATTENTION = {
+    "a sink as a column": weighted(all_but_the_last(cast(stable_softmax(joined)))).where(_attends),
+    "a sink as a factor": (cast(weighted(stable_softmax(scores))) * above_the_sink).where(_attends),
+    "written out": weighted(stable_softmax(scores)).where(_attends),
+}
+
+_capped = cast(tanh(cast(scaled / number("cap") | scaled * number("inverse of cap"))) * number("cap again"))
+CAPPED = {
+    "the scores are capped by tanh: no kernel of PyTorch's libraries caps them, the formula is kept": weighted(
+        softmax(cast(_capped + capture("mask")) | cast(_capped))
+    )
+}
+
+
+def find(graph: fx.Graph) -> Iterator[Parts | Miss]:
+    """Attentions that are written out, and what is nearly one."""
+    heart = frozenset({aten.softmax.int})
+    for result in search(graph, ATTENTION, heart=heart, close=2, near=CAPPED):
+        yield result if isinstance(result, Miss) else _parts(*result)
+
+
+def _parts(node: fx.Node, found: Found) -> Parts:
+    captures = found.captures
+    scale = 1.0 / captures["divisor"] if "divisor" in captures else float(captures.get("scale", 1.0))
+    column = captures.get("column")
+    return Parts(
+        node=node,
+        interior=found.interior,
+        q=found["q"],
+        k=found["k"],
+        v=found["v"],
+        scale=scale,
+        mask=captures.get("mask"),
+        sinks=None if column is None else _per_head(column),
+        variant=found.variant,
+    )
+
+
+_INDEX = sympy.symbols("batch head query key", integer=True, nonnegative=True)
+
+
+def _per_head(column: fx.Node) -> fx.Node | None:
+    """The numbers [heads] of which a column of scores (or [batch, heads, queries]) repeats each for its head."""
+    node, index = column, inside(shape_of(column), _INDEX[: value(column).dim()])
+    while True:
+        if is_cast(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        elif (source := operand_of(node, index)) is not None:
+            node, index = source
+        else:
+            break
+    heads = inside(shape_of(column), _INDEX[: value(column).dim()])[1]
+    return node if value(node).dim() == 1 and index == (heads,) else None
