@@ -22,29 +22,34 @@ from unsloth.runtime.trainer import causal_lm_step
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def unpacked(model: nn.Module) -> nn.Module:
+def unpacked(model: nn.Module, name: str) -> nn.Module:
     """The plain model with the weights that the 8-bit layers stand for, by bitsandbytes' own arithmetic."""
-    plain: Any = load_model("tiny-llama", device=DEVICE)
-    for name, layer in model.named_modules():
+    plain: Any = load_model(name, device=DEVICE)
+    for place, layer in model.named_modules():
         if isinstance(layer, bnb.nn.Linear8bitLt):
             weight = bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.state.SCB)
-            plain.get_submodule(name).weight.data.copy_(weight)
+            plain.get_submodule(place).weight.data.copy_(weight)
     return plain
 
 
 @pytest.fixture(params=["folder", "preset"])
-def model(request, checkpoint) -> Any:
-    name = str(checkpoint) if request.param == "folder" else "tiny-llama"
+def name(request, checkpoint) -> str:
+    """Of a model; the two have other weights on a GPU, whose random numbers are others."""
+    return str(checkpoint) if request.param == "folder" else "tiny-llama"
+
+
+@pytest.fixture
+def model(name: str) -> Any:
     return load_model(name, quantise="int8", device=DEVICE)
 
 
-def test_the_products_are_those_of_the_stored_weights(model) -> None:
+def test_the_products_are_those_of_the_stored_weights(model, name) -> None:
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
     assert len(layers) == 2 * 7 and model.is_loaded_in_8bit and model.training
     assert {layer.weight.dtype for layer in layers} == {torch.int8} and type(model.lm_head) is nn.Linear
-    exact, got = logits(load_model("tiny-llama", device=DEVICE)), logits(model)
+    exact, got = logits(load_model(name, device=DEVICE)), logits(model)
     assert 1e-4 < (got - exact).norm() / exact.norm() < 0.03  # 8 bits are no copy, and closer than 4
-    torch.testing.assert_close(got, logits(unpacked(model)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, logits(unpacked(model, name)), rtol=1e-5, atol=1e-5)
 
 
 def test_it_comes_back_from_the_disk(model, tmp_path) -> None:
@@ -56,7 +61,7 @@ def test_it_comes_back_from_the_disk(model, tmp_path) -> None:
         load_model(str(tmp_path), quantise="nf4")
 
 
-def test_the_compiled_step_is_that_of_the_unpacked_model(model) -> None:
+def test_the_compiled_step_is_that_of_the_unpacked_model(model, name) -> None:
     def gradients(run: Any, base: nn.Module) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         adapted = base if hasattr(base, "peft_config") else add_lora(base, rank=4, init_lora_weights=False)
@@ -68,12 +73,12 @@ def test_the_compiled_step_is_that_of_the_unpacked_model(model) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     reports: list[Any] = []
-    truth = gradients(causal_lm_step, unpacked(model))
+    truth = gradients(causal_lm_step, unpacked(model, name))
     ours = compiled(causal_lm_step, Options(strict=True, lowering="eager", logits="drop"), reports)
     found = gradients(ours, model)
     assert len(found) == len(truth) == 2 * 7 * 2
-    for name, gradient in truth.items():
-        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    for weight, gradient in truth.items():
+        assert (found[weight] - gradient).norm() <= 1e-4 * gradient.norm(), weight
     (report,) = reports
     assert not torch._dynamo.utils.counters["graph_break"]
     assert {p.name: len(p.rewritten) for p in report.passes}["lora_linear"] == 14
