@@ -1,6 +1,6 @@
 """In how many graphs does a training run end up? TRL's trainer with ``torch_compile``, and ours, side by side.
 
-    python -m benchmarks.breaks [--steps 20] [--out benchmarks/results/breaks.json]
+    python -m benchmarks.breaks [--steps 20] [--out benchmarks/results/training/breaks.json]
 
 LoRA on a tiny Llama, rows of 3 to 60 tokens. Graphs and breaks are Dynamo's own counts; nothing is lowered, so that
 the numbers are the same on every machine.

@@ -1,7 +1,7 @@
 """Is it the same training run? The loss curve of the compiled step beside float32 eager's, and beside another seed's.
 
     python -m benchmarks.curve [--model FILE_OR_NAME] [--steps 200] [--batch 2] [--seq 64] [--dtype float32] [--seeds 2]
-                               [--out benchmarks/results/curve-….json]
+                               [--out benchmarks/results/training/curve-….json]
 
 LoRA (rank 16 on every linear layer) of a real model on questions and answers about Python. A seed decides how the
 adapters begin and in which order rows come; for each, the same run is made twice, by the compiled step in ``--dtype``

@@ -180,14 +180,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--warmup", type=int, default=2)
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--limit", type=int, default=600, help="seconds per measurement")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/memory-DEVICE.json)")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/memory/DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure again what is there")
     arguments.add_argument("--measure", nargs=2, metavar=("JSON", "OUTPUT"), help=argparse.SUPPRESS)
     args = arguments.parse_args(argv)
     if args.measure:
         _worker(*args.measure)
         return
-    path = Path(args.out) if args.out else RESULTS / f"memory-{args.device}.json"
+    path = Path(args.out) if args.out else RESULTS / "memory" / f"{args.device}.json"
     wanted = {name: parse_row(name) for name in args.rows.split(",")}
     budgets = args.budgets.split(",")
     if any(0 < SHARES.get(b, 0) < 1 for b in budgets):

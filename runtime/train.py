@@ -138,7 +138,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         options=config.options,
         embedding_learning_rate=config.embedding_learning_rate,
         loraplus_lr_ratio=config.loraplus_lr_ratio,
-        cuda_graphs=config.cuda_graphs,
+        **({"cuda_graphs": config.cuda_graphs} if config.method == "sft" else {}),
     )
     moved = any(getattr(trainer.args, name, False) for name in ("packing", "shuffle_dataset"))
     if len(trainer.train_dataset) == len(data[0].rows) and not moved:

@@ -27,7 +27,7 @@ def test_rows_are_measured_resumed_and_equal_in_loss(tmp_path: Path, monkeypatch
     assert [r.get("error") for r in rows] == [None, None], rows
     for row in rows:
         assert row["tokens_per_s"] > 0 and row["first_step_s"] > 0 and row["grad_norm"] > 0
-        assert len(row["losses"]) == 4 and row["device"] == "cpu" and row["versions"]["torch"]
+        assert len(row["losses"]) == 5 and row["device"] == "cpu" and row["versions"]["torch"]
         assert row["command"].startswith("python -m benchmarks.step") and row["date"]
     assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=1e-5)
     assert rows[0]["losses"][-1] < rows[0]["losses"][0]
