@@ -10,6 +10,7 @@ What a recording cannot see is Python. It is replayed only while the guards hold
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -172,6 +173,7 @@ class Recorder:
                 return None
             return _Recording(graph, own, outputs, gradients, _State(self.model), holds)
         except RuntimeError as error:
+            _leave_capture()
             self.stop(str(error).splitlines()[0])
             logger.warning("steps are launched, not recorded as a CUDA graph: %s", self.reason)
             return None
@@ -197,6 +199,13 @@ class Recorder:
                 parameter.grad = gradient if alone else gradient.clone()
         if there:
             torch._foreach_add_([p.grad for p in there], [gradients[p] for p in there])  # type: ignore[arg-type]
+
+
+def _leave_capture() -> None:
+    """After a recording that failed, the random generator believes that it goes on, and refuses to draw."""
+    with contextlib.suppress(RuntimeError, AssertionError, IndexError):  # without a device there is none
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def _described(inputs: Mapping[str, Any]) -> Iterable[Hashable]:

@@ -292,9 +292,12 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             output, tokens = self._seen.pop()
             return loss, *(value.detach() for value in output), tokens
 
+        inputs = {**self._prepare_inputs(part), "num_items_in_batch": items}
+        if "position_ids" in inputs:  # of packed documents: attention asks the device how long the longest is
+            return step(model, part, items)
         loss, *output, tokens = self._recorder.run(
             forward_backward,
-            {**self._prepare_inputs(part), "num_items_in_batch": items},
+            inputs,
             self._guards,
             (self._share, accumulated),
             alone=accumulated == 1 and self._smaller.parts == 1,

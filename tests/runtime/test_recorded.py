@@ -278,6 +278,28 @@ def test_recorded_steps_are_the_same_steps(tmp_path: Any, accumulated: int, part
         assert one["grad_norm"] > 0 and one == pytest.approx(other, rel=1e-4)
 
 
+@needs_gpu
+def test_random_numbers_can_be_drawn_after_a_recording_that_failed() -> None:
+    layer = nn.Linear(4, 1, device="cuda")
+    recorder, x = Recorder(layer), torch.randn(3, 4, device="cuda")
+
+    def step(inputs: dict[str, Any]) -> tuple[Any, ...]:
+        loss = nn.functional.dropout(layer(inputs["x"])).sum()
+        loss.backward()
+        return (loss.item(),)  # waits for the device, which no recording can
+
+    for _ in range(LAUNCHES + 2):
+        recorder.run(step, {"x": x}, lambda: lambda: True)
+    assert recorder.reason is not None and recorder.replayed == 0
+
+
+def test_packed_documents_are_launched(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention within them waits for the device."""
+    made = trainer(SFTTrainer, tmp_path, max_steps=2, padding_free=True, max_length=None, more={"compile": False})
+    monkeypatch.setattr(made._recorder, "run", lambda *_, **__: pytest.fail("recorded"))
+    assert all(step["grad_norm"] > 0 for step in history(made))
+
+
 def test_nothing_is_recorded_on_a_cpu(tmp_path: Any) -> None:
     made = trainer(SFTTrainer, tmp_path, rows=of_one_length())
     assert made._recorder.reason == "switched off"
