@@ -95,6 +95,21 @@ def _compile(
     report: GraphReport,
     observed: bool,
 ) -> Compiled:
+    graph, gaps = _rewrite(gm, options, recognisers, report, observed)
+    compiled = lower(graph, example_inputs, options, mode, report)
+    return _Step(compiled, _operators(graph), gaps)
+
+
+def rewritten(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
+    """Dynamo's graph with our operators in it, for those who ask what a step would need."""
+    recognisers = all_recognisers(right_padded=options.padding == "right")
+    return _rewrite(gm, options, recognisers, GraphReport(), False)[0]
+
+
+def _rewrite(
+    gm: fx.GraphModule, options: Options, recognisers: Sequence[Recogniser], report: GraphReport, observed: bool
+) -> tuple[fx.GraphModule, dict[int, Any]]:
+    """The graph with our operators in it, and how to make stand-ins for the outputs that it no longer has."""
     started = time.perf_counter()
     graph = retrace(gm, check=False)  # the passes' check covers it
     report.capture_seconds = time.perf_counter() - started
@@ -111,17 +126,7 @@ def _compile(
     if observed:
         report.coverage = measure(traced.graph, [name for site in report.rewritten for name in site.nodes])
     report.nodes = (len(gm.graph.nodes), len(graph.graph.nodes))
-    compiled = lower(graph, example_inputs, options, mode, report)
-    return _Step(compiled, _operators(graph), gaps)
-
-
-def rewritten(gm: fx.GraphModule, options: Options) -> fx.GraphModule:
-    """Dynamo's graph with our operators in it, for those who ask what a step would need."""
-    graph = retrace(gm, check=False)
-    if options.logits == "drop" and (indices := find_logits(graph)):
-        drop_outputs(graph, indices)
-    recognisers = all_recognisers(right_padded=options.padding == "right")
-    return run_passes(graph, recognisers, disable=options.disable, strict=options.strict)[0]
+    return graph, gaps
 
 
 class _Step:

@@ -12,6 +12,9 @@ one pass over out more than attention does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -35,50 +38,26 @@ def _gradient_of_sinks(grad: Tensor, sinks: Tensor, out: Tensor, lse: Tensor) ->
     return -(probability * product).sum((0, 2)).to(sinks.dtype)
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, causal: bool, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    return _with_sinks(*plain.reference(q, k, v, causal, scale, window), sinks)
+def _forward_by(attend: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Forward on top of attention without sinks, by its formula or by a library."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        return _with_sinks(*attend(q, k, v, *how), sinks)
+
+    return forward
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, causal: bool, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    return _with_sinks(*plain.forward(q, k, v, causal, scale, window), sinks)
+def _backward_by(attend_backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Backward likewise."""
 
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, out: Tensor, lse: Tensor, *how: Any
+    ) -> tuple[Tensor | None, ...]:
+        *rest, needs = how
+        gradients = attend_backward(grad, q, k, v, out, lse, *rest, needs[:3])
+        return *gradients, _gradient_of_sinks(grad, sinks, out, lse) if needs[3] else None
 
-def _reference_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    gradients = plain.reference_backward(grad, q, k, v, out, lse, causal, scale, window, needs[:3])
-    return *gradients, _gradient_of_sinks(grad, sinks, out, lse) if needs[3] else None
-
-
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    gradients = plain.backward(grad, q, k, v, out, lse, causal, scale, window, needs[:3])
-    return *gradients, _gradient_of_sinks(grad, sinks, out, lse) if needs[3] else None
+    return backward
 
 
 def _supports(
@@ -92,10 +71,10 @@ def _supports(
 sink_attention = operator(
     "sink_attention(Tensor q, Tensor k, Tensor v, Tensor sinks, bool causal, float scale, int? window)"
     " -> (Tensor out, Tensor lse)",
-    reference=_reference,
-    reference_backward=_reference_backward,
-    forward=_forward,
-    backward=_backward,
+    reference=_forward_by(plain.reference),
+    reference_backward=_backward_by(plain.reference_backward),
+    forward=_forward_by(plain.forward),
+    backward=_backward_by(plain.backward),
     saves="q k v sinks out lse",
     differentiable="q k v sinks",
     gradients_of="out",

@@ -178,7 +178,8 @@ def is_pinned(node: fx.Node, joint: Joint) -> bool:
     operation = maker(node)
     if is_free(node) or is_view(node):
         return False
-    if _is_bound_to_forward(operation) or _draws(operation) or any(base(n) in joint.mutated for n in inputs(node)):
+    # Inductor's ``inductor_random`` is a pure function of its seed; ``inductor_seeds`` is random.
+    if _is_bound_to_forward(operation) or is_random(operation) or any(base(n) in joint.mutated for n in inputs(node)):
         return True
     return operation in joint.needed and (not _is_known(operation.target) or _is_choice(node))
 
@@ -233,21 +234,6 @@ def _is_choice(node: fx.Node) -> bool:
 def _is_bound_to_forward(node: fx.Node) -> bool:
     mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
     return mutable or node.meta.get("partitioner_tag") == "must_be_in_forward"
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether an operator draws random numbers; attention with a dropout of zero says it does, and does not.
-
-    Inductor's ``inductor_random`` is a pure function of its seed; ``inductor_seeds`` draws.
-    """
-    if not is_random(node):
-        return False
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return bool(given != 0.0)
-    return True
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
