@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,10 @@ def load_data(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
 
 
+def _shape(preferences: bool) -> Callable[..., Shape]:
+    return detect_preferences if preferences else detect
+
+
 def _load(source: Source, text_field: str, templates: Templates, strict: bool, preferences: bool) -> Data:
     name = source.name
     first, columns, problems, found = _first(source, templates)
@@ -119,8 +123,7 @@ def _load(source: Source, text_field: str, templates: Templates, strict: bool, p
         if problems.count:
             raise DataError(f"data set {name!r} cannot be read: none of its {problems.count:,} rows can\n{problems}")
         raise DataError(f"data set {name!r} has no rows")
-    find = detect_preferences if preferences else detect
-    shape = find(name, columns, found, templates=templates, text_field=text_field)
+    shape = _shape(preferences)(name, columns, found, templates=templates, text_field=text_field)
     if shape.name == "tokens" and source.table is not None:
         rows, problems, numbers = source.table, Problems(), ()  # made for training: as it is, in its place on the disk
     else:
@@ -201,8 +204,7 @@ def preview(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
     if not found:
         raise DataError(f"data set {name!r} has no rows" + (f" that can be read\n{problems}" if problems.count else ""))
-    find = detect_preferences if preferences else detect
-    shape = find(name, columns, found, templates=templates, text_field=text_field)
+    shape = _shape(preferences)(name, columns, found, templates=templates, text_field=text_field)
     problems = Problems()
     rows = list(_sound(name, first, shape, problems, array("Q")))
     if problems.count and (strict or not rows):

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.compute
 import torch
 import trl
 from datasets import Dataset
@@ -24,6 +23,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from .finite import TrainingError
 from .learning_rates import LearningRates
+from .lengths import token_counts
 from .neftune import Neftune
 from .pace import Pace
 from .sturdy import Sturdy
@@ -132,7 +132,7 @@ class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared: Any = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.max_length is not None and isinstance(dataset, Dataset):
-            lengths = [_lengths(prepared, f"{name}_ids") for name in ("prompt", "chosen", "rejected")]
+            lengths = [token_counts(prepared, f"{name}_ids").to_numpy() for name in ("prompt", "chosen", "rejected")]
             longest = lengths[0] + np.maximum(lengths[1], lengths[2])
             gone = len(dataset) - len(prepared)
             self.truncated[dataset_name] = Truncated(int((longest > args.max_length).sum()) + gone, len(dataset), gone)
@@ -154,10 +154,3 @@ def _is_fresh(model: Any) -> bool:
     if not all(any(part in name for part in (*first, *second)) for name in trained):
         return False
     return not any(bool(p.any()) for name, p in trained.items() if any(part in name for part in second))
-
-
-def _lengths(dataset: Dataset, column: str) -> np.ndarray:
-    """Tokens in each row; by the dataset's own order, which is not that of its table after a filter."""
-    rows: Any = dataset.with_format("arrow")[:][column]
-    compute: Any = pyarrow.compute
-    return compute.list_value_length(rows).to_numpy()

@@ -29,6 +29,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of
 from .learning_rates import LearningRates
+from .lengths import WithoutIdleMask, one_length, token_counts
 from .neftune import Neftune
 from .pace import Pace
 from .recorded import Guards, Recorder
@@ -41,9 +42,6 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """Two names of one setting."""
 
 _REQUIRE_GRAD_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad"}
-
-SHORT_ROWS = 0.05
-"""Share of rows of other lengths up to which a graph is compiled for the usual length first."""
 
 IGNORED = -100
 """The label of a token that is not trained on, as in transformers."""
@@ -178,7 +176,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
         if self.args.packing and self.args.packing_strategy == "wrapped":
             logger.warning("packing_strategy='wrapped' lets documents attend to each other; 'bfd' keeps them apart")
-        self._lengths_vary = not _one_length(self.train_dataset)
+        self._lengths_vary = not one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
         ):  # elsewhere a batch without padding is a chance, not worth a graph of its own
@@ -206,7 +204,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         prepared: Any = super()._prepare_dataset(tokens, *rest)
         compute: Any = pyarrow.compute
-        long = compute.sum(compute.greater(_lengths(tokens), args.max_length)).as_py() or 0
+        long = compute.sum(compute.greater(token_counts(tokens, "input_ids"), args.max_length)).as_py() or 0
         dropped = 0 if packing else len(tokens) - len(prepared)
         self.truncated[dataset_name] = Truncated(long, len(tokens), dropped)
         return prepared
@@ -282,6 +280,8 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
 
     def _recorded(self, step: Callable[..., Tensor], model: Any, part: dict[str, Any], items: Any) -> Tensor:
         """A micro-batch, or part of one, by the recorder. What it adds to the metrics is an output like the loss."""
+        if "position_ids" in part:  # of packed documents: attention asks the device how long the longest is
+            return step(model, part, items)
         if not model.training:  # the step would do it, and the guards of a recording ask for it
             model.train()
         accumulated = self.current_gradient_accumulation_steps
@@ -292,12 +292,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             output, tokens = self._seen.pop()
             return loss, *(value.detach() for value in output), tokens
 
-        inputs = {**self._prepare_inputs(part), "num_items_in_batch": items}
-        if "position_ids" in inputs:  # of packed documents: attention asks the device how long the longest is
-            return step(model, part, items)
         loss, *output, tokens = self._recorder.run(
             forward_backward,
-            inputs,
+            {**self._prepare_inputs(part), "num_items_in_batch": items},
             self._guards,
             (self._share, accumulated),
             alone=accumulated == 1 and self._smaller.parts == 1,
@@ -372,39 +369,5 @@ def _is_checkpointing(model: PreTrainedModel) -> bool:
     return model.is_gradient_checkpointing if newer is None else newer
 
 
-class WithoutIdleMask:
-    """A collator whose batches have no attention mask where nothing is masked: attention is then known to be causal.
-
-    Here the batch is still on the host; asking a mask on the device would make every step wait for it.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: Any) -> Any:
-        batch = self.collator(rows)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, Tensor) and not mask.is_cuda and bool(mask.all()):
-            del batch["attention_mask"]  # pyright: ignore[reportIndexIssue]
-        return batch
-
-
 def _graph_breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
-
-
-def _one_length(dataset: Any) -> bool:
-    """Whether the rows have one number of tokens, as after packing into full blocks, but for a few such as the last."""
-    columns = getattr(dataset, "column_names", None) or ()
-    if "input_ids" not in columns or not isinstance(dataset, Dataset):
-        return False
-    compute: Any = pyarrow.compute  # its functions are made at import, which its stubs do not know
-    lengths = _lengths(dataset)
-    others = compute.sum(compute.not_equal(lengths, compute.max(lengths))).as_py() or 0
-    return others <= max(1, SHORT_ROWS * len(dataset))
-
-
-def _lengths(dataset: Dataset) -> Any:
-    """Tokens in each row, in the table's order."""
-    compute: Any = pyarrow.compute
-    return compute.list_value_length(dataset.data.column("input_ids"))
