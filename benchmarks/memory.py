@@ -14,9 +14,7 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .step import RESULTS, read, write
+from .step import RESULTS, in_process, provenance, read, write
 from .worker import Workload, environment
 
 GIB = 2**30
@@ -120,22 +118,6 @@ def measure(work: Workload, budget: int) -> dict[str, Any]:
     }
 
 
-def in_process(work: Workload, budget: int, limit: int) -> dict[str, Any]:
-    """:func:`measure` in a process of its own; whatever happens to it becomes a row."""
-    with tempfile.TemporaryDirectory() as folder:
-        output, log = Path(folder) / "row.json", Path(folder) / "log.txt"
-        settings = json.dumps({**dataclasses.asdict(work), "budget": budget})
-        command = [sys.executable, "-m", "benchmarks.memory", "--measure", settings, str(output)]
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        try:
-            with log.open("w") as sink:
-                subprocess.run(command, env=environ, stdout=sink, stderr=sink, timeout=limit, check=False)
-            row = json.loads(output.read_text()) if output.exists() else {"error": "it left no result"}
-        except subprocess.TimeoutExpired:
-            row = {"error": f"not done after {limit} s"}
-        return row if "error" not in row else {**row, "log": log.read_text(errors="replace")[-3000:]}
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as aligned text."""
     lines = [f"{'row':<26}{'budget':>9}{'predicted':>11}{'measured':>10}{'error':>8}{'ms':>10}{'+ms':>8}  plan"]
@@ -203,10 +185,12 @@ def main(argv: list[str] | None = None) -> None:
             if budget in done and not args.force:
                 continue
             try:
-                found = in_process(work, bytes_of(budget, done), args.limit)
+                settings = json.dumps({**dataclasses.asdict(work), "budget": bytes_of(budget, done)})
+                command = [sys.executable, "-m", "benchmarks.memory", "--measure", settings]
+                found = in_process(command, args.limit, env={**os.environ, "HF_HUB_OFFLINE": "1"})
             except ValueError as error:
                 found = {"error": str(error)}
-            result = {"name": name, "budget": budget, **found}
+            result = {"name": name, "budget": budget, **found, **provenance("benchmarks.memory")}
             write(path, [r for r in rows if (r["name"], r["budget"]) != (name, budget)] + [result])
             print(table([result]).splitlines()[-1], flush=True)
     print(f"\n{table(read(path))}\n\n{path}")

@@ -82,23 +82,38 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     if peer and args.peer_site:
         environment["PYTHONPATH"] = str(Path(args.peer_site).resolve())
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, "-P", str(HERE / "worker.py"), json.dumps(work), str(output)]
-        log = Path(folder) / "log.txt"
+        command = [sys.executable, "-P", str(HERE / "worker.py"), json.dumps(work)]
+        row = in_process(command, args.limit, env=environment, cwd=folder)
+    workload = {n: work[n] for n in WORKLOAD} | {"options": options}
+    return {"system": system, "workload": workload, **row, **provenance("benchmarks.step")}
+
+
+def in_process(command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None) -> dict[str, Any]:
+    """The row that a process writes as JSON to the file named by its last argument, which is added to the command.
+
+    Args:
+        limit: seconds after which it is stopped.
+
+    Returns:
+        the row; with "error" and the end of the "log" if there is none, or it says so itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output, log = Path(folder) / "row.json", Path(folder) / "log.txt"
         try:
             with log.open("w") as sink:
                 code = subprocess.run(
-                    command, env=environment, cwd=folder, stdout=sink, stderr=sink, timeout=args.limit, check=False
+                    [*command, str(output)], env=env, cwd=cwd, stdout=sink, stderr=sink, timeout=limit, check=False
                 ).returncode
             row = json.loads(output.read_text()) if output.exists() else {"error": f"exit code {code}"}
         except subprocess.TimeoutExpired:
-            row = {"error": f"not done after {args.limit} s"}
-        if "error" in row:
-            row["log"] = log.read_text(errors="replace")[-3000:]
-    workload = {n: work[n] for n in WORKLOAD} | {"options": options}
-    command_line = f"python -m benchmarks.step {shlex.join(sys.argv[1:])}"
-    today = datetime.date.today().isoformat()
-    return {"system": system, "workload": workload, **row, "command": command_line, "date": today}
+            row = {"error": f"not done after {limit} s"}
+        return row if "error" not in row else {**row, "log": log.read_text(errors="replace")[-3000:]}
+
+
+def provenance(module: str) -> dict[str, str]:
+    """Which command measured a row, and when."""
+    command = f"python -m {module} {shlex.join(sys.argv[1:])}".strip()
+    return {"command": command, "date": datetime.date.today().isoformat()}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
