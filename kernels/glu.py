@@ -14,7 +14,7 @@ gate and up may be the two halves of one projection: rows with a stride of their
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from .launch import Fresh, Launch, by_layout
 from .operator import operator
 from .reasons import dtype_is
+from .rows import row_stride
 
 BYTES_PER_THREAD = 32
 """Two 128-bit accesses per tensor and thread: enough loads in flight to fill the memory pipeline of an H100."""
@@ -177,52 +179,64 @@ def _glu_backward_kernel(
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-def _row_stride(x: Tensor) -> int | None:
-    """Elements from one row (a vector along the last dimension) to the next, or None where no one number says it."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        return None
-    outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    for (_, stride), (inner_size, inner_stride) in pairwise(outer):
-        if stride != inner_size * inner_stride:
-            return None
-    return outer[-1][1] if outer else x.shape[-1]
+def _readable(*tensors: Tensor) -> tuple[list[int], list[Callable[[Tensor], Tensor] | None], int, int]:
+    """Row strides of tensors of one shape, what copies those that have none, the number of rows and their width.
 
-
-def _as_rows(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
-    """The tensors with their row strides, the number of rows and their width; contiguous tensors are one long row."""
+    Contiguous tensors are one long row.
+    """
     shape = tensors[0].shape
-    readable = [x if _row_stride(x) is not None else x.contiguous() for x in tensors]
-    strides = [_row_stride(x) or 0 for x in readable]
+    in_place = [row_stride(x) for x in tensors]
     rows, width = math.prod(shape[:-1]), shape[-1]
+    strides = [width if stride is None else stride for stride in in_place]
     if all(stride == width for stride in strides):
         rows, width = 1, rows * width
-    return readable, strides, rows, width
+    return strides, [Tensor.contiguous if stride is None else None for stride in in_place], rows, width
 
 
-def _tiling(rows: int, width: int, itemsize: int) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and block of a launch."""
+def _tiling(rows: int, width: int, itemsize: int) -> tuple[int, dict[str, Any]]:
+    """Number of programs and their block."""
     block = WARPS * 32 * BYTES_PER_THREAD // itemsize
-    return (rows * triton.cdiv(width, block),), {"BLOCK": block, "EVEN": width % block == 0, "num_warps": WARPS}
+    return rows * triton.cdiv(width, block), {"BLOCK": block, "EVEN": width % block == 0}
 
 
-def _forward(gate: Tensor, up: Tensor, act: int) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if gate.numel():
-        (gate, up), strides, rows, width = _as_rows(gate, up)
-        grid, block = _tiling(rows, width, y.element_size())
-        launch: Any = _glu_forward_kernel[grid]
-        launch(gate, up, y, width, *strides, ACT=act, **block)
-    return y
+@by_layout
+def _forward_launch(gate: Tensor, up: Tensor, act: int) -> Launch:
+    strides, copies, rows, width = _readable(gate, up)
+    programs, block = _tiling(rows, width, gate.element_size())
+    return Launch(
+        _glu_forward_kernel,
+        programs,
+        device=gate.device,
+        results=[Fresh.contiguous(gate.shape, gate.dtype)],
+        scalars=(width, *strides),
+        constants={"ACT": act, **block},
+        copies=copies,
+        num_warps=WARPS,
+    )
+
+
+@by_layout
+def _backward_launch(grad: Tensor, gate: Tensor, up: Tensor, act: int, need_gate: bool, need_up: bool) -> Launch:
+    strides, copies, rows, width = _readable(grad, gate, up)
+    programs, block = _tiling(rows, width, gate.element_size())
+    return Launch(
+        _glu_backward_kernel,
+        programs if need_gate or need_up else 0,
+        device=gate.device,
+        results=[Fresh.contiguous(gate.shape, gate.dtype) if need else None for need in (need_gate, need_up)],
+        scalars=(width, *strides),
+        constants={"ACT": act, "NEED_GATE": need_gate, "NEED_UP": need_up, **block},
+        copies=copies,
+        num_warps=WARPS,
+    )
+
+
+def _forward(gate: Tensor, up: Tensor, act: int) -> Any:
+    return _forward_launch(gate, up, act)(gate, up)[0]
 
 
 def _backward(grad: Tensor, gate: Tensor, up: Tensor, act: int, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    outputs = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need else None for need in needs]
-    if gate.numel() and any(needs):
-        (grad, gate, up), strides, rows, width = _as_rows(grad, gate, up)
-        grid, block = _tiling(rows, width, gate.element_size())
-        launch: Any = _glu_backward_kernel[grid]
-        launch(grad, gate, up, *outputs, width, *strides, ACT=act, NEED_GATE=needs[0], NEED_UP=needs[1], **block)
-    return tuple(outputs)
+    return tuple(_backward_launch(grad, gate, up, act, *needs)(grad, gate, up))
 
 
 def _swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:

@@ -112,6 +112,8 @@ def _fake_backward(
 
 def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale · a b. With beta = 0 nothing of the new tensor is read; the epilogue scales before it rounds."""
+    if scale == 1:
+        return torch.mm(a, b)
     return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
 
 

@@ -13,7 +13,6 @@ reading of x 11 µs. The gradient is also rounded once instead of once per layer
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,10 +33,9 @@ class _Layers(NamedTuple):
     Bs: Sequence[Tensor]
     scales: Sequence[float]
 
-    def columns(self) -> list[slice]:
-        """Which columns of xa (and rows of A) belong to each layer."""
-        ends = list(itertools.accumulate(B.shape[1] for B in self.Bs))
-        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    def of_each(self, xa: Tensor) -> Sequence[Tensor]:
+        """The columns of xa that belong to each layer."""
+        return xa.split_with_sizes([B.shape[1] for B in self.Bs], -1)
 
 
 def _layers(count: int, rest: Sequence[Any]) -> _Layers:
@@ -52,8 +50,8 @@ def _reference(count: int, x: Tensor, A: Tensor, rest: Sequence[Any]) -> tuple[T
     layers = _layers(count, rest)
     xa = _rounded(_wide(x) @ _wide(A).T, x)
     ys = []
-    for weight, bias, B, scale, own in zip(*layers, layers.columns(), strict=True):
-        y = _wide(x) @ _wide(weight).T + scale * (_wide(xa[..., own]) @ _wide(B).T)
+    for weight, bias, B, scale, own in zip(*layers, layers.of_each(xa), strict=True):
+        y = _wide(x) @ _wide(weight).T + scale * (_wide(own) @ _wide(B).T)
         ys.append(_rounded(y if bias is None else y + _wide(bias), x))
     return *ys, xa
 
@@ -67,8 +65,8 @@ def _reference_backward(count: int, args: Sequence[Any]) -> tuple[Tensor | None,
     for dy, weight in zip(wide, layers.weights, strict=True):
         dx = dx + dy @ _wide(weight)
     dBs = [
-        scale * (_rows(dy).T @ _rows(_wide(xa[..., own])))
-        for scale, dy, own in zip(layers.scales, wide, layers.columns(), strict=True)
+        scale * (_rows(dy).T @ _rows(_wide(own)))
+        for scale, dy, own in zip(layers.scales, wide, layers.of_each(xa), strict=True)
     ]
     each = [*(_rows(dy).sum(0) for dy in wide), *dBs]
     return (
@@ -116,29 +114,28 @@ def _forward(count: int, x: Tensor, A: Tensor, rest: Sequence[Any]) -> tuple[Ten
     layers, rows = _layers(count, rest), _rows(x)
     xa = _product(rows, A.T)
     ys = [
-        _product_plus(rows, weight.T, xa[:, own], B.T, scale, bias).view(*x.shape[:-1], weight.shape[0])
-        for weight, bias, B, scale, own in zip(*layers, layers.columns(), strict=True)
+        _product_plus(rows, weight.T, own, B.T, scale, bias).view(*x.shape[:-1], weight.shape[0])
+        for weight, bias, B, scale, own in zip(*layers, layers.of_each(xa), strict=True)
     ]
     return *ys, xa.view(*x.shape[:-1], A.shape[0])
 
 
 def _backward(count: int, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
     grads, x, A, layers, xa, (need_x, need_a, *need_each) = _saved(count, args)
-    dys, own = [_rows(dy) for dy in grads], layers.columns()
+    dys = [_rows(dy) for dy in grads]
     dx = da = None
     if need_x or need_a:
         dxa = A.new_empty(dys[0].shape[0], A.shape[0])
-        for dy, B, scale, columns in zip(dys, layers.Bs, layers.scales, own, strict=True):
-            dxa[:, columns].addmm_(dy, B, beta=0, alpha=scale)
+        for dy, B, scale, own in zip(dys, layers.Bs, layers.scales, layers.of_each(dxa), strict=True):
+            own.addmm_(dy, B, beta=0, alpha=scale)
         if need_a:
             da = _product(dxa.T, _rows(x))
         if need_x:
             dx = _sum_of_products(dys, layers.weights, dxa, A).view(x.shape)
-    rows = _rows(xa)
     dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_each[:count], strict=True)]
     dBs = [
-        _product(dy.T, rows[:, columns], scale) if need else None
-        for dy, columns, scale, need in zip(dys, own, layers.scales, need_each[count:], strict=True)
+        _product(dy.T, own, scale) if need else None
+        for dy, own, scale, need in zip(dys, layers.of_each(_rows(xa)), layers.scales, need_each[count:], strict=True)
     ]
     return dx, da, *dbiases, *dBs
 

@@ -22,16 +22,16 @@ Elsewhere, and for matrices that the accelerator cannot address, pointers do the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Fresh, Launch, Tile, by_layout
 from .reasons import dtype_is
 
 BLOCK_K = 64
@@ -117,8 +117,8 @@ def _descriptor_kernel(
     b3,
     p,
     q,
-    y,
     bias,
+    y,
     M,
     N,
     K,
@@ -176,8 +176,8 @@ def _pointer_kernel(
     b3,
     p,
     q,
-    y,
     bias,
+    y,
     M,
     N,
     K,
@@ -237,6 +237,7 @@ def _pointer_kernel(
 
 
 Pair = tuple[Tensor, Tensor]
+Copies = Sequence[Callable[[Tensor], Tensor] | None]
 MOST_PAIRS = 3
 
 
@@ -260,14 +261,14 @@ class Operands(NamedTuple):
             self.p.shape[1],
         )
 
-    def product(self) -> Tensor:
-        M, N, _, _ = self.sizes()
-        return self.p.new_empty(M, N)
-
-    def matrices(self) -> list[Tensor | None]:
-        """a, b, a₂, b₂, a₃, b₃, p, q; None for a pair that is not there."""
+    def tensors(self) -> list[Tensor | None]:
+        """a, b, a₂, b₂, a₃, b₃, p, q, bias; None for what is not there."""
         absent = [None, None] * (MOST_PAIRS - len(self.pairs))
-        return [*(x for pair in self.pairs for x in pair), *absent, self.p, self.q]
+        return [*(x for pair in self.pairs for x in pair), *absent, self.p, self.q, self.bias]
+
+    def result(self) -> Fresh:
+        M, N, _, _ = self.sizes()
+        return Fresh.contiguous((M, N), self.p.dtype)
 
     def numbers(self) -> list[int]:
         """M, N, K, K₂, K₃, rank; 0 for a pair that is not there."""
@@ -287,7 +288,8 @@ def _operands(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, a
     left = [a, *(a for a, _ in also)]
     pairs = tuple((_rows(x), _rows(w)) for x, w in zip(left, right, strict=False))
     # Only p and q are worth a copy to make them addressable: they are small, and all ranks then run one kernel.
-    return Operands(pairs, _aligned_rows(p), _aligned_rows(right[-1]), bias, transposed)
+    dense = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    return Operands(pairs, _aligned_rows(p), _aligned_rows(right[-1]), dense, transposed)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -305,43 +307,59 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x if _addressable(x) else F.pad(x, (0, -x.shape[1] % 8)).narrow(1, 0, x.shape[1])
 
 
-def _with_descriptors(operands: Operands, tiling: Tiling) -> Tensor:
-    """The product by the tensor memory accelerator. M, N, K and rank are not zero."""
-    y, numbers = operands.product(), operands.numbers()
+def _by_descriptors(operands: Operands, tiling: Tiling, copies: Copies = ()) -> Launch:
+    """The product by the tensor memory accelerator. K and rank are not zero."""
+    numbers, y = operands.numbers(), operands.result()
     bm, bn = tiling.rows, tiling.columns
-    blocks = [bm, BLOCK_K], [bn, BLOCK_K] if operands.transposed else [BLOCK_K, bn]
-    descriptors = [
-        None if x is None else TensorDescriptor.from_tensor(x, blocks[i % 2]) for i, x in enumerate(operands.matrices())
-    ]
-    tiles = _ceil(numbers[0], bm) * _ceil(numbers[1], bn)
-    launch: Any = _descriptor_kernel[(min(tiles, tiling.resident * _multiprocessors(y.device)),)]
-    launch(
-        *descriptors,
-        TensorDescriptor.from_tensor(y, [bm, bn // 2 if tiling.halves else bn]),
-        operands.bias,
-        *numbers,
-        TRANSPOSED=operands.transposed,
-        BM=bm,
-        BN=bn,
-        BK=BLOCK_K,
-        GROUP=GROUP,
-        HALVES=tiling.halves,
-        FLATTEN=tiling.flatten,
+    blocks = (bm, BLOCK_K), (bn, BLOCK_K) if operands.transposed else (BLOCK_K, bn)
+    *matrices, _ = operands.tensors()
+    tiles = [
+        None if x is None else Tile(tuple(x.shape), x.stride(), blocks[i % 2]) for i, x in enumerate(matrices)
+    ]  # fmt: skip
+    count = _ceil(numbers[0], bm) * _ceil(numbers[1], bn)
+    return Launch(
+        _descriptor_kernel,
+        min(count, tiling.resident * _multiprocessors(operands.p.device)),
+        device=operands.p.device,
+        results=[y],
+        scalars=numbers,
+        constants={
+            "TRANSPOSED": operands.transposed,
+            "BM": bm,
+            "BN": bn,
+            "BK": BLOCK_K,
+            "GROUP": GROUP,
+            "HALVES": tiling.halves,
+            "FLATTEN": tiling.flatten,
+        },
+        copies=copies,
+        tiles=[*tiles, None, Tile(y.shape, y.stride, (bm, bn // 2 if tiling.halves else bn))],
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    return y
 
 
-def _with_pointers(operands: Operands) -> Tensor:
-    """The product on any device. M, N, K and rank are not zero."""
-    y, numbers, matrices = operands.product(), operands.numbers(), operands.matrices()
-    tiles = _ceil(numbers[0], POINTER_TILE["BM"]) * _ceil(numbers[1], POINTER_TILE["BN"])
-    pitches = (0 if x is None else x.stride(0) for x in matrices)
-    launch: Any = _pointer_kernel[(tiles,)]
-    bias, transposed = operands.bias, operands.transposed
-    launch(*matrices, y, bias, *numbers, *pitches, TRANSPOSED=transposed, GROUP=GROUP, **POINTER_TILE)
-    return y
+def _by_pointers(operands: Operands, copies: Copies = ()) -> Launch:
+    """The product on any device. K and rank are not zero."""
+    numbers, tile = operands.numbers(), POINTER_TILE
+    *matrices, _ = operands.tensors()
+    return Launch(
+        _pointer_kernel,
+        _ceil(numbers[0], tile["BM"]) * _ceil(numbers[1], tile["BN"]),
+        device=operands.p.device,
+        results=[operands.result()],
+        scalars=[*numbers, *(0 if x is None else x.stride(0) for x in matrices)],
+        constants={
+            "TRANSPOSED": operands.transposed,
+            "BM": tile["BM"],
+            "BN": tile["BN"],
+            "BK": tile["BK"],
+            "GROUP": GROUP,
+        },
+        copies=copies,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )
 
 
 @functools.cache
@@ -418,16 +436,39 @@ def low_rank_product(
     Raises:
         ValueError: for other dtypes, and where shapes do not fit (``unsupported`` says so beforehand).
     """
+    others = [x for pair in also for x in pair]
+    launch = _launch(a, b, p, q, bias, *others)
+    absent = [None] * (2 * MOST_PAIRS - 2 - len(others))
+    y = launch(a, b, *others, *absent, p, q, bias)[0]
+    assert y is not None
+    return y
+
+
+@by_layout
+def _launch(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, *others: Tensor) -> Launch:
+    """For the matrices in the order of the kernel."""
+    also = list(zip(others[::2], others[1::2], strict=True))
     if reason := unsupported(a, b, p, q, bias, also):
         raise ValueError(f"low_rank_product: {reason}")
     operands = _operands(a, b, p, q, bias, also)
     M, N, _, _ = operands.sizes()
-    if M == 0 or N == 0:
-        return operands.product()
+    given = Operands(((a, b), *also), p, q, bias, operands.transposed).tensors()
+    copies = [
+        None if x is None or y is None or x.data_ptr() == y.data_ptr() else _copier(i, operands.transposed)
+        for i, (x, y) in enumerate(zip(given, operands.tensors(), strict=True))
+    ]
     if (
         _is_hopper(a.device)
         and all(_addressable(x) for pair in operands.pairs for x in pair)
         and N * a.element_size() % 16 == 0
     ):
-        return _with_descriptors(operands, _estimated(M, N, _multiprocessors(a.device)))
-    return _with_pointers(operands)
+        return _by_descriptors(operands, _estimated(M, N, _multiprocessors(a.device)), copies)
+    return _by_pointers(operands, copies)
+
+
+def _copier(index: int, transposed: bool) -> Callable[[Tensor], Tensor]:
+    """What makes an operand of the argument at that place, as ``_operands`` does."""
+    if index == 2 * MOST_PAIRS + 2:
+        return Tensor.contiguous  # the bias
+    rows = _aligned_rows if index >= 2 * MOST_PAIRS else _rows
+    return (lambda x: rows(x.t())) if transposed and index % 2 else rows

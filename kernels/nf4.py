@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from .launch import Fresh, Launch, by_layout
 from .operator import operator
 
 NF4 = (
@@ -137,7 +138,8 @@ def _nf4_kernel(
     tl.store(weight + start + position, value * scale[:, None], mask=None if EVEN else position < left)
 
 
-def _forward(
+@by_layout
+def _launch(
     packed: Tensor,
     absmax: Tensor,
     nested_code: Tensor | None,
@@ -148,26 +150,33 @@ def _forward(
     block: int,
     nested_block: int,
     dtype: torch.dtype,
-) -> Tensor:
-    weight = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    if n := weight.numel():
-        launch: Any = _nf4_kernel[(triton.cdiv(n, 8 * GROUPS),)]
-        scales = (absmax, nested_code, nested_absmax, nested_offset)
-        launch(
-            _bytes(packed),
-            *(x if x is None else x.contiguous() for x in scales),
-            weight,
-            n,
-            TABLE=NF4,
-            BLOCK=block,
-            NESTED_BLOCK=nested_block,
-            NESTED=nested_code is not None,
-            GROUPS=GROUPS,
-            EVEN=n % (8 * GROUPS) == 0,
-            num_warps=WARPS,
-            enable_fp_fusion=False,  # bitsandbytes rounds the nested scale's product before it adds the offset
-        )
-    return weight
+) -> Launch:
+    n, scales = rows * columns, (absmax, nested_code, nested_absmax, nested_offset)
+    return Launch(
+        _nf4_kernel,
+        triton.cdiv(n, 8 * GROUPS),
+        device=packed.device,
+        results=[Fresh.contiguous((rows, columns), dtype)],
+        scalars=(n,),
+        constants={
+            "TABLE": NF4,
+            "BLOCK": block,
+            "NESTED_BLOCK": nested_block,
+            "NESTED": nested_code is not None,
+            "GROUPS": GROUPS,
+            "EVEN": n % (8 * GROUPS) == 0,
+        },
+        copies=(
+            None if packed.is_contiguous() and packed.dtype == torch.uint8 else _bytes,
+            *(None if x is None or x.is_contiguous() else Tensor.contiguous for x in scales),
+        ),
+        num_warps=WARPS,
+        enable_fp_fusion=False,  # bitsandbytes rounds the nested scale's product before it adds the offset
+    )
+
+
+def _forward(packed: Tensor, *others: Any) -> Any:
+    return _launch(packed, *others)(packed, *others[:4])[0]
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------

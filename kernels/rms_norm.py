@@ -26,6 +26,7 @@ a sum of its own costs 10 and 12. The trainable weight's gradient writes and rea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,21 +35,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from .launch import Fresh, Launch, by_layout
 from .operator import operator
 from .reasons import dtype_is, too_wide
 from .rows import (
     MAX_HIDDEN,
-    as_rows,
     like,
     load_column_values,
     load_rows,
     programs_that_sum,
     row_order,
+    rows_of,
     store_partial_sum,
     store_rows,
     sum_of_rows,
     tile_of_rows,
     tiling,
+    warps,
     wide,
 )
 
@@ -192,68 +195,78 @@ def _backward_kernel(
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-def _run_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    offset: float,
-    round_first: bool,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """total (x itself where nothing is added), y and rstd; None where the kernel does not apply."""
-    y = torch.empty_like(x, dtype=_result_dtype(x, weight, round_first))
+@by_layout
+def _forward_launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, round_first: bool
+) -> Launch | None:
+    """From x, residual and weight to total (None where nothing is added), y and rstd; None where it does not apply."""
+    y = torch.empty_like(x, dtype=_result_dtype(x, weight, round_first), device="meta")
     order = row_order(y)
     if order is None or _supports(x, weight) is not None:
         return None
-    total = x if residual is None else torch.empty_like(x)
-    rstd = torch.empty_like(x[..., 0], dtype=torch.float32)
-    if y.numel():
-        rows = as_rows(x, order)
-        added = None if residual is None else as_rows(residual, order)
-        tiles, tile = tiling(*rows.shape)
-        launch: Any = _forward_kernel[(tiles,)]
-        tensors = rows, added, _dense(weight), total if added is not None else None, y, rstd
-        scalars = len(rows), rows.stride(0), 0 if added is None else added.stride(0), eps, offset
-        launch(*tensors, *scalars, ROUND_FIRST=round_first, **tile)
-    return total, y, rstd
+    tiles, tile = tiling(math.prod(x.shape[:-1]), x.shape[-1])
+    strides, copies = rows_of(order, x, residual)
+    return Launch(
+        _forward_kernel,
+        tiles if y.numel() else 0,
+        device=x.device,
+        results=(None if residual is None else Fresh.like(x), Fresh.like(y), Fresh.like(x[..., 0], torch.float32)),
+        scalars=(y.numel() // max(1, x.shape[-1]), *strides, eps, offset),
+        constants={"ROUND_FIRST": round_first, **tile},
+        copies=(*copies, _dense(weight)),
+        num_warps=warps(x.shape[-1]),
+    )
 
 
-def _run_backward(
+@by_layout
+def _backward_launch(
     grad: Tensor,
     grad_total: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     rstd: Tensor,
     offset: float,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None] | None:
-    """The gradients of x and of the weight; None where the kernel does not apply."""
-    grad_x = torch.empty_like(x)
+    need_x: bool,
+    need_weight: bool,
+) -> Launch | None:
+    """To the gradient of x and each program's sum for that of the weight; None where the kernel does not apply."""
+    grad_x = torch.empty_like(x, device="meta")
     order = row_order(grad_x)
     if order is None or not x.numel() or _supports(x, weight) is not None:
         return None
-    need_x, need_weight = needs
     tiles, tile = tiling(math.prod(x.shape[:-1]), x.shape[-1])
     programs = programs_that_sum(tiles, x.device) if need_weight else tiles
-    partial = x.new_empty(programs, x.shape[-1], dtype=torch.float32) if need_weight else None
-    if any(needs):
-        grad, x, rstd = as_rows(grad, order), as_rows(x, order), rstd.permute(order[:-1]).contiguous()
-        added = None if grad_total is None else as_rows(grad_total, order)
-        launch: Any = _backward_kernel[(programs,)]
-        tensors = grad, added, x, _dense(weight), rstd, grad_x, partial
-        scalars = len(x), grad.stride(0), 0 if added is None else added.stride(0), x.stride(0), offset
-        launch(*tensors, *scalars, NEED_X=need_x, NEED_WEIGHT=need_weight, **tile)
-    grad_weight = None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
-    return grad_x if need_x else None, grad_weight
+    strides, copies = rows_of(order, grad, grad_total, x)
+    one_behind_the_other = rstd.permute(order[:-1]).is_contiguous()
+    return Launch(
+        _backward_kernel,
+        programs if need_x or need_weight else 0,
+        device=x.device,
+        results=(
+            Fresh.like(x) if need_x else None,
+            Fresh.contiguous((programs, x.shape[-1]), torch.float32) if need_weight else None,
+        ),
+        scalars=(x.numel() // x.shape[-1], *strides, offset),
+        constants={"NEED_X": need_x, "NEED_WEIGHT": need_weight, **tile},
+        copies=(
+            *copies,
+            _dense(weight),
+            None if one_behind_the_other else lambda x: x.permute(order[:-1]).contiguous(),
+        ),
+        num_warps=warps(x.shape[-1]),
+    )
 
 
-def _dense(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.contiguous()
+def _dense(weight: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    return None if weight is None or weight.is_contiguous() else Tensor.contiguous
 
 
-def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    results = _run_forward(x, None, *others)
-    return _reference(x, *others) if results is None else results[1:]
+def _forward(x: Tensor, weight: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    launch = _forward_launch(x, None, weight, *others)
+    if launch is None:
+        return _reference(x, weight, *others)
+    _, y, rstd = launch(x, None, weight)
+    return y, rstd
 
 
 def _backward(
@@ -267,14 +280,16 @@ def _backward(
     needs: list[bool],
     grad_total: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    results = _run_backward(grad, grad_total, x, weight, rstd, offset, needs)
-    if results is None:
+    launch = _backward_launch(grad, grad_total, x, weight, rstd, offset, *needs)
+    if launch is None:
         return _reference_backward(grad, x, weight, rstd, eps, offset, round_first, needs, grad_total)
-    return results
+    grad_x, partial = launch(grad, grad_total, x, weight, rstd)
+    return grad_x, None if partial is None or weight is None else partial.sum(0).to(weight.dtype)
 
 
-def _add_forward(x: Tensor, residual: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_forward(x, residual, *others) or _add_reference(x, residual, *others)
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    launch = _forward_launch(x, residual, weight, *others)
+    return _add_reference(x, residual, weight, *others) if launch is None else tuple(launch(x, residual, weight))
 
 
 def _add_backward(grad_total: Tensor, grad_y: Tensor, *others: Any) -> tuple[Tensor | None, ...]:

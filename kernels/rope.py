@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .launch import Fresh, Launch, by_layout
 from .operator import next_power_of_two, operator
 from .reasons import dtype_is
 
@@ -159,17 +160,17 @@ def _rotate_heads(
 def _kernel(
     q,
     k,
-    q_out,
-    k_out,
     cos,
     sin,
+    q_out,
+    k_out,
     length,
     q_strides,
     k_strides,
-    q_out_strides,
-    k_out_strides,
     cos_strides,
     sin_strides,
+    q_out_strides,
+    k_out_strides,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -232,63 +233,71 @@ def _heads_first(x: Tensor, heads_last: bool) -> Tensor:
     return x.transpose(1, 2) if heads_last else x
 
 
+@by_layout
 def _launch(
-    inputs: Sequence[Tensor],
-    outputs: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
     cos: Tensor,
     sin: Tensor,
     interleaved: bool,
     interleaved_out: bool,
+    dtype: torch.dtype,
     backward: bool,
-) -> bool:
-    """Rotate q and k (or their gradients, or one tensor) into the outputs that are wanted.
-
-    Returns:
-        False where the kernel does not apply.
-    """
-    if any(y is not None and y.stride(-1) != 1 for y in outputs):
-        return False
+    need_q: bool,
+    need_k: bool,
+) -> Launch | None:
+    """Of q and k (or their gradients) to what they become; None where the kernel does not apply."""
+    inputs = q, k
+    results = [Fresh.like(x, dtype) if need else None for x, need in zip(inputs, (need_q, need_k), strict=True)]
+    if any(y is not None and y.stride[-1] != 1 for y in results):
+        return None
     if _problem(inputs, cos, sin, interleaved, interleaved_out) is not None:
-        return False
+        return None
     heads_last = _heads_last(cos, inputs)
-    q, k = (_heads_first(x if x.stride(-1) == 1 else x.contiguous(), heads_last) for x in (inputs[0], inputs[-1]))
+    full = cos.shape[-1] == q.shape[-1]
+    read = [x if x.stride(-1) == 1 else torch.empty(x.shape, device="meta") for x in inputs]
+    written = [None if y is None else torch.empty_strided(y.shape, y.stride, device="meta") for y in results]
+    q, k = (_heads_first(x, heads_last) for x in read)
     batch, q_heads, length, width = q.shape
     k_heads, half = k.shape[1], width // 2
-    if batch * length == 0 or not any(y is not None for y in outputs):
-        return True
-    full = cos.shape[-1] == width
-    cos, sin = (_heads_first(table, heads_last)[:, 0].expand(batch, length, -1) for table in (cos, sin))
-    q_out, k_out = (_heads_first(y, heads_last) if y is not None else None for y in (*outputs, None)[:2])
+    tables = [_heads_first(table, heads_last)[:, 0].expand(batch, length, -1) for table in (cos, sin)]
+    outputs = [None if y is None else _heads_first(y, heads_last) for y in written]
+    strides = [(0, 0, 0) if x is None else x.stride()[:3] for x in (q, k, *tables, *outputs)]
     block = next_power_of_two(half)
     q_tile, k_tile = (min(next_power_of_two(heads), max(1, TILE // (2 * block))) for heads in (q_heads, k_heads))
-    warps = triton.cdiv(max(q_tile, k_tile) * 2 * block, 32 * ELEMENTS_PER_THREAD)
-    strides = [x.stride()[:3] if x is not None else (0, 0, 0) for x in (q, k, q_out, k_out, cos, sin)]
-    kernel: Any = _kernel
-    kernel[(batch * length,)](
-        *(q, k, q_out, k_out, cos, sin, length, *strides),
-        Q_HEADS=q_heads,
-        K_HEADS=k_heads,
-        Q_TILE=q_tile,
-        K_TILE=k_tile,
-        HALF=half,
-        INTERLEAVED=interleaved_out if backward else interleaved,
-        INTERLEAVED_OUT=interleaved if backward else interleaved_out,
-        TABLE_STEP=2 if full and interleaved_out else 1,
-        TABLE_GAP=(1 if interleaved_out else half) if full else 0,
-        BLOCK=block,
-        BACKWARD=backward,
-        num_warps=warps,
+    return Launch(
+        _kernel,
+        batch * length if need_q or need_k else 0,
+        device=cos.device,
+        results=results,
+        scalars=(length, *strides),
+        constants={
+            "Q_HEADS": q_heads,
+            "K_HEADS": k_heads,
+            "Q_TILE": q_tile,
+            "K_TILE": k_tile,
+            "HALF": half,
+            "INTERLEAVED": interleaved_out if backward else interleaved,
+            "INTERLEAVED_OUT": interleaved if backward else interleaved_out,
+            "TABLE_STEP": 2 if full and interleaved_out else 1,
+            "TABLE_GAP": (1 if interleaved_out else half) if full else 0,
+            "BLOCK": block,
+            "BACKWARD": backward,
+        },
+        copies=(*(None if x.stride(-1) == 1 else Tensor.contiguous for x in inputs), None, None),
+        num_warps=triton.cdiv(max(q_tile, k_tile) * 2 * block, 32 * ELEMENTS_PER_THREAD),
     )
-    return True
 
 
 def _forward(
     inputs: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, interleaved_out: bool, narrow: bool
-) -> tuple[Tensor, ...]:
-    outputs = tuple(torch.empty_like(x, dtype=_result_dtype(x, cos, narrow)) for x in inputs)
-    if not _launch(inputs, outputs, cos, sin, interleaved, interleaved_out, backward=False):
+) -> Sequence[Any]:
+    q, k = inputs[0], inputs[-1]
+    dtype = _result_dtype(q, cos, narrow)
+    launch = _launch(q, k, cos, sin, interleaved, interleaved_out, dtype, False, True, len(inputs) == 2)
+    if launch is None:
         return _reference(inputs, cos, sin, interleaved, interleaved_out, narrow)
-    return outputs
+    return launch(q, k, cos, sin)[: len(inputs)]
 
 
 def _backward(
@@ -299,11 +308,13 @@ def _backward(
     interleaved_out: bool,
     narrow: bool,
     needs: list[bool],
-) -> tuple[Tensor | None, ...]:
-    outputs = tuple(torch.empty_like(g) if need else None for g, need in zip(grads, needs, strict=True))
-    if not _launch(grads, outputs, cos, sin, interleaved, interleaved_out, backward=True):
+) -> Sequence[Tensor | None]:
+    q, k = grads[0], grads[-1]
+    wanted = needs[0], len(grads) == 2 and needs[1]
+    launch = _launch(q, k, cos, sin, interleaved, interleaved_out, q.dtype, True, *wanted)
+    if launch is None:
         return _reference_backward(grads, cos, sin, interleaved, interleaved_out, narrow, needs)
-    return outputs
+    return launch(q, k, cos, sin)[: len(grads)]
 
 
 # -- the operators -----------------------------------------------------------------------------------------------------
@@ -353,8 +364,8 @@ rope = operator(
     " -> (Tensor q_out, Tensor k_out)",
     reference=lambda q, k, *others: _reference((q, k), *others),
     reference_backward=lambda grad_q, grad_k, *others: _reference_backward((grad_q, grad_k), *others),
-    forward=lambda q, k, *others: _forward((q, k), *others),
-    backward=lambda grad_q, grad_k, *others: _backward((grad_q, grad_k), *others),
+    forward=lambda q, k, *others: tuple(_forward((q, k), *others)),
+    backward=lambda grad_q, grad_k, *others: tuple(_backward((grad_q, grad_k), *others)),
     saves="cos sin",
     differentiable="q k",
     gradients_of="q_out k_out",
@@ -368,7 +379,7 @@ rope_of_one = operator(
     reference=_rotated,
     reference_backward=lambda grad, *others: _reference_backward((grad,), *others),
     forward=lambda x, *others: _forward((x,), *others)[0],
-    backward=lambda grad, *others: _backward((grad,), *others),
+    backward=lambda grad, *others: tuple(_backward((grad,), *others)),
     saves="cos sin",
     differentiable="x",
     gradients_of="y",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import triton
@@ -84,10 +86,29 @@ def store_partial_sum(partial, total, HIDDEN: tl.constexpr, BLOCK: tl.constexpr)
 # -- launch ------------------------------------------------------------------------------------------------------------
 
 
-def as_rows(x: Tensor, order: list[int]) -> Tensor:
-    """x as [rows, hidden] with its rows in that order: a view where one stride says it, else a copy."""
-    rows = x.permute(order).reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def row_stride(x: Tensor) -> int | None:
+    """Elements from one row (a vector along the last dimension) to the next, or None where no one number says it."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return None
+    outer = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    for (_, stride), (inner_size, inner_stride) in pairwise(outer):
+        if stride != inner_size * inner_stride:
+            return None
+    return outer[-1][1] if outer else x.shape[-1]
+
+
+def rows_of(order: list[int], *tensors: Tensor | None) -> tuple[list[int], list[Callable[[Tensor], Tensor] | None]]:
+    """How to read tensors of one shape with their rows in that order.
+
+    Returns:
+        For each the elements from one row to the next (0 for None), and what copies it where no one number says that.
+    """
+    strides, copies = [], []
+    for x in tensors:
+        in_place = None if x is None else row_stride(x.permute(order))
+        copies.append(None if x is None or in_place is not None else lambda x: x.permute(order).contiguous())
+        strides.append(0 if x is None else x.shape[-1] if in_place is None else in_place)
+    return strides, copies
 
 
 def row_order(y: Tensor) -> list[int] | None:
@@ -101,8 +122,12 @@ def tiling(rows: int, hidden: int) -> tuple[int, dict[str, int]]:
     """Number of tiles and their shape; narrow rows share a program, which then reduces them side by side."""
     block = next_power_of_two(hidden)
     per_tile = max(1, 4 * 32 * ELEMENTS_PER_THREAD // block)
-    warps = min(32, max(4, block // (32 * ELEMENTS_PER_THREAD)))
-    return triton.cdiv(rows, per_tile), {"HIDDEN": hidden, "ROWS": per_tile, "BLOCK": block, "num_warps": warps}
+    return triton.cdiv(rows, per_tile), {"HIDDEN": hidden, "ROWS": per_tile, "BLOCK": block}
+
+
+def warps(hidden: int) -> int:
+    """Of a program that holds such rows."""
+    return min(32, max(4, next_power_of_two(hidden) // (32 * ELEMENTS_PER_THREAD)))
 
 
 def programs_that_sum(tiles: int, device: torch.device) -> int:

@@ -61,14 +61,18 @@ def assert_rounded_once(y: Tensor, args: Arguments) -> None:
     assert relative_error(y, truth) <= (2.1 if truncated else 1.05) * relative_error(truth.to(y.dtype), truth)
 
 
+def run(make: Callable[..., module.Launch], operands: module.Operands, *tiling: Tiling) -> Any:
+    return make(operands, *tiling)(*operands.tensors())[0]
+
+
 @pytest.fixture(params=["pointers", "descriptors"])
 def product(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
     """Each of the two kernels, by way of what prepares their operands."""
     if request.param == "pointers":
-        return lambda *args: module._with_pointers(module._operands(*args))
+        return lambda *args: run(module._by_pointers, module._operands(*args))
     if DEVICE == "cuda" and not module._is_hopper(torch.empty(0, device=DEVICE).device):
         pytest.skip("no tensor memory accelerator")
-    return lambda *args: module._with_descriptors(module._operands(*args), SMALL)
+    return lambda *args: run(module._by_descriptors, module._operands(*args), SMALL)
 
 
 SIZES = [(64, 64, 128, 16), (130, 96, 264, 8), (1, 8, 8, 1), (200, 72, 136, 64), (65, 200, 8, 72)]
@@ -98,7 +102,7 @@ def test_every_tiling_gives_the_same_bits(tiling: Tiling) -> None:
     args = arguments((300, 136, 264, 16), with_bias=True)
     operands = module._operands(*args)
     torch.testing.assert_close(
-        module._with_descriptors(operands, tiling), module._with_descriptors(operands, SMALL), rtol=0, atol=0
+        run(module._by_descriptors, operands, tiling), run(module._by_descriptors, operands, SMALL), rtol=0, atol=0
     )
 
 
