@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MODES = {"eager": {"compile": False}, "compiled": {"options": EAGER}}
 
 
-def make(folder: Path, mode: str, **changes: Any) -> Any:
+def make(folder: Path, more: dict[str, Any], **changes: Any) -> Any:
+    """A trainer whose two processes see what one with twice the rows sees; ``more`` are our trainer's own arguments."""
     settings: dict[str, Any] = {
         "max_steps": 4,
         "gradient_accumulation_steps": 2,
@@ -37,7 +38,7 @@ def make(folder: Path, mode: str, **changes: Any) -> Any:
         "optim": "sgd",
         **changes,
     }
-    return trainer(SFTTrainer, folder, model=adapted(), more=MODES[mode], **settings)
+    return trainer(SFTTrainer, folder, model=adapted(), more=more, **settings)
 
 
 def results(made: Any) -> dict[str, Any]:
@@ -51,22 +52,29 @@ def results(made: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    """Everything that two processes do here, in one start of them: the folder, and by scenario what came of it."""
-    folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+def launch(script: str, folder: Path, *command: str, **environment: str) -> dict[str, Any]:
+    """What a script, run in one process or by ``command``, leaves in the folder's results.json."""
     done = subprocess.run(
-        [*command, str(Path(__file__)), str(folder)],
+        [sys.executable, *command, script, str(folder)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text())
+
+
+TWO = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """Everything that two processes do here, in one start of them: the folder, and by scenario what came of it."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(__file__, folder, *TWO)
 
 
 def assert_weights(found: dict[str, Any], wanted: dict[str, Any], rtol: float, atol: float) -> None:
@@ -76,7 +84,7 @@ def assert_weights(found: dict[str, Any], wanted: dict[str, Any], rtol: float, a
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> dict[str, Any]:
-    made = make(tmp_path_factory.mktemp("one"), "eager", per_device_train_batch_size=4)
+    made = make(tmp_path_factory.mktemp("one"), MODES["eager"], per_device_train_batch_size=4)
     made.train()
     return results(made)
 
@@ -137,7 +145,7 @@ def of_both(value: Any) -> list[Any]:
 def resumed(folder: Path, rank: int) -> dict[str, Any]:
     """Go on from the newest whole checkpoint."""
     newest = checkpoints.newest_whole(folder, None)[0].name if rank == 0 else ""
-    made = make(folder, "eager")
+    made = make(folder, MODES["eager"])
     made.train(resume_from_checkpoint=True)
     return {**results(made), "from": of_both(newest)[0]}
 
@@ -146,7 +154,7 @@ def main(folder: Path) -> None:
     """One of two processes."""
     found: dict[str, Any] = {}
     for mode in MODES:
-        made = make(folder / mode, mode)
+        made = make(folder / mode, MODES[mode])
         made.train()
         found[mode] = results(made)
     rank = made.args.process_index
@@ -158,12 +166,12 @@ def main(folder: Path) -> None:
     found["damaged"] = resumed(folder / "damaged", rank)
 
     # The second process cannot do two rows, from the second micro-batch of the first step on.
-    made = make(folder / "short", "eager")
+    made = make(folder / "short", MODES["eager"])
     memory = Memory(made.model, 1 if rank == 1 else 9, backward=True, after=1)
     made.train()
     found["short"] = {**results(made), "parts": of_both(made._smaller.parts), "refused": of_both(memory.refused)}
 
-    made = make(folder / "stop", "eager")
+    made = make(folder / "stop", MODES["eager"])
     made.add_callback(StopSecond())
     try:
         made.train()
