@@ -347,7 +347,7 @@ def _outside_of_ddp(run: Any, model: Any, *arguments: Any) -> StepOutput:
     """
     if not isinstance(model, DistributedDataParallel):
         return run(model, *arguments)
-    model._pre_forward()
+    arguments, _ = model._pre_forward(*arguments)
     output: Any = model._post_forward(tuple(run(model.module, *arguments)))
     return StepOutput(*output)
 
