@@ -54,10 +54,19 @@ def pytest_collection_finish() -> None:
     # pytest listens to every logger that does not propagate, and as long as anybody listens to this one, PyTorch
     # prints each graph of each compilation for it, several times.
     logging.getLogger("torch.__trace").propagate = True
-    # A million objects of PyTorch and transformers live as long as the process: nobody need look through them again.
+    _keep_what_is_there()
+    gc.set_threshold(100_000, 20, 50)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and nextitem.path != item.path:
+        _keep_what_is_there()
+
+
+def _keep_what_is_there() -> None:
+    """A million objects of PyTorch and transformers live as long as the process: they need not be looked through again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
