@@ -64,7 +64,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def _keep_what_is_there() -> None:
-    """A million objects of PyTorch and transformers live as long as the process: they need not be looked through again."""
+    """What is imported lives as long as the process: a million objects that need not be looked through again."""
     gc.collect()
     gc.freeze()
 
