@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import openpyxl
 import pytest
 import torch
+from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -266,6 +268,31 @@ def test_a_failure_while_saving_leaves_nothing_half_written(checkpoint, rows, tm
         training.train(training.TrainConfig.model_validate(config))
     (left,) = (tmp_path / "out").iterdir()  # the run is not lost
     assert left.name == "checkpoint-1" and checkpoints.damage(left) == []
+
+
+def test_checkpoints_and_result_go_to_the_hub(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
+    """As transformers sends them; what a hub would be handed is looked at on the way."""
+    sent: list[tuple[str, set[str]]] = []
+
+    def upload_folder(self: Any, *, repo_id: str, folder_path: str, run_as_future: bool = False, **_: Any) -> Any:
+        sent.append((repo_id, {p.name for p in Path(folder_path).iterdir()}))
+        url = f"https://huggingface.co/{repo_id}/commit/0"
+        done = CommitInfo(commit_url=url, commit_message="", commit_description="", oid="")
+        if run_as_future:
+            (future := Future()).set_result(done)
+            return future
+        return done
+
+    made: list[str] = []
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, name, **_: (made.append(name), RepoUrl(f"https://huggingface.co/{name}"))[1]
+    )
+    words = [*in_few_steps(checkpoint, rows, tmp_path / "out"), "--save-steps", 1, "--push-to-hub", "true"]
+    code, _, err = command(*words, "--hub-model-id", "someone/adapter", "--hub-strategy", "every_save")
+    assert code == 0, err
+    assert made == ["someone/adapter"] and {repo for repo, _ in sent} == {"someone/adapter"}
+    assert len(sent) >= 2 and all("adapter_model.safetensors" in names for _, names in sent)
 
 
 # -- exit codes --------------------------------------------------------------------------------------------------------
