@@ -42,7 +42,7 @@ $(MODEL): $(STAMP)
 	touch $@
 
 test: $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 
 check: $(STAMP)
 	$(BIN)/ruff check .

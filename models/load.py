@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import gguf
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
@@ -146,12 +150,25 @@ def _from_folder(
 
 def _from_gguf(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     # Left packed, which is the default on devices with a kernel for it, the weights could not be trained.
-    model = _complete(source, dtype, device, gguf_file=source.gguf, quantization_config=GgufConfig(dequantize=True))
+    settings = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    with _tensor_names_once():
+        model = _complete(source, dtype, device, **settings)
     # They are ordinary weights now. As a quantised model it could neither be trained nor saved.
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
         quantiser.remove_quantization_config(model)
     # The file's title stands there, by which nobody finds it again.
     return _named(model, str((source.files / str(source.gguf)).resolve()))
+
+
+@contextmanager
+def _tensor_names_once() -> Iterator[None]:
+    """transformers has gguf name the tensors of every layer anew for each module: a third of what loading takes."""
+    ask = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = functools.cache(ask)
+    try:
+        yield
+    finally:
+        gguf.get_tensor_name_map = ask
 
 
 def _from_config(source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .learning_rates import LearningRates
 from .lengths import token_counts
 from .neftune import Neftune
 from .pace import Pace
+from .smaller_pairs import INSEPARABLE, SmallerPairs
 from .sturdy import Sturdy
 from .trainer import CHECKPOINTING, Truncated, leave_recomputation_to_the_planner
 
@@ -53,6 +54,10 @@ class _CompiledBody(Neftune, LearningRates, _Base):
     """
 
     model: Any
+    _batch: Sequence[Any]  # Sturdy's: the micro-batches of the running step
+    _metrics: Any
+    _stored_metrics: Any
+    _total_train_tokens: Any
 
     def __init__(
         self,
@@ -77,6 +82,8 @@ class _CompiledBody(Neftune, LearningRates, _Base):
         super().__init__(model=model, args=args, **others)
         leave_recomputation_to_the_planner(self.model)
         self.pace = Pace()
+        self._smaller = SmallerPairs()
+        self._done = 0  # micro-batches of this step
         if compile:
             for each in (self.model, getattr(self, "ref_model", None)):
                 if each is not None:
@@ -89,18 +96,61 @@ class _CompiledBody(Neftune, LearningRates, _Base):
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         whole.get_decoder().compile(backend=backend)
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         started, graphs = time.perf_counter(), len(self._reports)
         masks = [value.sum() for name, value in inputs.items() if name.endswith("attention_mask")]
-        try:
-            loss = super().training_step(model, inputs, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory: {str(error).splitlines()[0]}. A smaller per_device_train_batch_size with as much more "
-                "gradient_accumulation_steps is the same batch; a smaller max_length, or load_in_4bit, needs less"
-            ) from None
+        step = super().training_step
+        self._counted = getattr(self, "_total_train_tokens", 0)
+        if self._whole_because():
+            loss = self._whole_step(step, model, inputs, num_items_in_batch)
+        else:
+            loss = self._smaller.run(
+                lambda part, items: step(model, part, items),
+                inputs,
+                num_items_in_batch,
+                self._sums(),
+                self._start_again,
+            )
+        self._done += 1
         self.pace.after_step(sum(masks), started if len(self._reports) > graphs else None)
         return loss
+
+    def _whole_step(self, step: Any, *arguments: Any) -> Any:
+        try:
+            return step(*arguments)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory: {str(error).splitlines()[0]}. The micro-batch is not made smaller by itself, because "
+                f"{self._whole_because()}. A smaller per_device_train_batch_size with as much more "
+                "gradient_accumulation_steps, a smaller max_length, or load_in_4bit, needs less"
+            ) from None
+
+    def _whole_because(self) -> str:
+        """Why micro-batches cannot be halved; empty where they can."""
+        if self.args.world_size > 1:
+            return "processes wait for each other's metrics in the middle of a step"
+        for name in getattr(self, "loss_types", ()):  # DPO's
+            if name in INSEPARABLE:
+                return f"loss_type {name!r} is not the sum of its parts: {INSEPARABLE[name]}"
+        return ""
+
+    def _sums(self) -> dict[str, list[float]]:
+        """TRL's metrics of training since the last log."""
+        return (self._metrics if hasattr(self, "_metrics") else self._stored_metrics)["train"]
+
+    def _start_again(self) -> Iterator[dict[str, Any]]:
+        """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""
+        self.model.zero_grad()
+        yield from self._batch[: self._done]
+        self._total_train_tokens = self._counted  # theirs are in it already
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._done = 0
+        return super().get_batch_samples(*args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss if self._smaller.share == 1 else loss * self._smaller.share
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.pace.paused():
@@ -141,6 +191,12 @@ class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
 
 class ORPOTrainer(Sturdy, _CompiledBody, _ORPOTrainer):
     """TRL's ``ORPOTrainer`` (Hong et al. 2024, arXiv:2403.07691), which needs no reference."""
+
+    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+        chosen, rejected, *logits, likelihood = (output := super().concatenated_forward(model, batch))[:5]
+        # A mean over tokens, among terms that are means over pairs: weighted by pairs, it shall count by tokens.
+        by_tokens = self._smaller.token_share / self._smaller.share
+        return chosen, rejected, *logits, likelihood * by_tokens, *output[5:]
 
 
 TRAINERS = {"dpo": (DPOTrainer, trl.DPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}

@@ -90,6 +90,29 @@ class DataParallel:
                 distributed.all_reduce(parameter.grad, group=group)
 
 
+class Rows:
+    """What :class:`SmallerBatches` asks of a batch: rows of ``input_ids`` and ``labels``, or one row of documents."""
+
+    def shape(self, batch: dict[str, Any]) -> tuple[int, int]:
+        """Rows, and tokens in the longest."""
+        rows, length = batch["input_ids"].shape
+        return rows, length
+
+    def kind(self, batch: dict[str, Any]) -> tuple[str, int]:
+        """Of what it consists, in the plural, and of how many."""
+        rows, _ = self.shape(batch)
+        return ("documents", len(documents(batch))) if rows == 1 else ("rows", rows)
+
+    def divisor(self, batch: dict[str, Any], items: Any) -> Any:
+        """By what the loss of each part is divided."""
+        return (batch["labels"][..., 1:] != -100).sum() if items is None else items
+
+    def parts(self, batch: dict[str, Any], parts: int) -> Iterator[tuple[dict[str, Any], float]]:
+        """Up to so many parts, each with its share of the batch."""
+        for part in split(batch, parts):
+            yield part, part["input_ids"].numel() / batch["input_ids"].numel()
+
+
 class SmallerBatches:
     """Runs micro-batches whole or, once memory was short, in parts.
 
@@ -97,12 +120,17 @@ class SmallerBatches:
     would wait for it; so a micro-batch that is larger than all before it is run without reduction first, and the
     gradients are reduced when every process is through.
 
+    Args:
+        processes: those that have to agree.
+        rows: how a batch is cut.
+
     Attributes:
         parts: in which every micro-batch is run: 1, 2, 4 or 8.
     """
 
-    def __init__(self, processes: Processes | None = None) -> None:
+    def __init__(self, processes: Processes | None = None, rows: Rows | None = None) -> None:
         self.parts = 1
+        self.rows = rows or Rows()
         self.processes = processes or OneProcess()
         self._fits = (0, 0)  # tokens, and tokens in a row, of micro-batches that went through
 
@@ -140,7 +168,7 @@ class SmallerBatches:
         Raises:
             TrainingError: when there is not enough memory after three halvings, or for one row.
         """
-        rows, length = batch["input_ids"].shape
+        rows, length = self.rows.shape(batch)
         together = self.processes.anyone(rows * length > self._fits[0] or length > self._fits[1])
         again: Iterable[dict[str, Any]] = ()
         while True:
@@ -174,22 +202,21 @@ class SmallerBatches:
     def _in_parts(self, run: Run, batch: dict[str, Any], items: Any) -> Tensor:
         if self.parts == 1:
             return run(batch, items, 1.0)
-        if items is None:
-            items = (batch["labels"][..., 1:] != -100).sum()
-        tokens = batch["input_ids"].numel()
-        parts = list(split(batch, self.parts))
+        items = self.rows.divisor(batch, items)
+        parts = list(self.rows.parts(batch, self.parts))
         losses = []
-        for i, part in enumerate(parts, 1):
+        for i, (part, share) in enumerate(parts, 1):
             with self.processes.alone() if i < len(parts) else nullcontext():
-                losses.append(run(part, items, part["input_ids"].numel() / tokens))
+                losses.append(run(part, items, share))
         return torch.stack(losses).sum()
 
     def _halve(self, batch: dict[str, Any], reason: str) -> None:
-        rows, length = batch["input_ids"].shape
-        kind, all_of_them = ("documents", len(documents(batch))) if rows == 1 else ("rows", rows)
+        _, length = self.rows.shape(batch)
+        kind, all_of_them = self.rows.kind(batch)
+        one = "pair" if kind == "pairs" else "row"
         now = -(-all_of_them // self.parts)  # in the largest part
         if now <= 1:
-            raise TrainingError(f"out of memory with one row of {length:,} tokens: {reason}. {ADVICE}")
+            raise TrainingError(f"out of memory with one {one} of {length:,} tokens: {reason}. {ADVICE}")
         if self.parts == 2**HALVINGS:
             raise TrainingError(f"out of memory after {HALVINGS} halvings of the micro-batch: {reason}. {ADVICE}")
         self.parts *= 2

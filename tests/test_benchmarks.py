@@ -92,9 +92,9 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 
 def test_systems_at_one_time_are_timed_alone(tmp_path: Path) -> None:
-    rows = run(tmp_path / "rows.json", "hf,ours:lowering=eager,ours:lowering=eager:logits=drop", "--parallel", "3")
-    assert [r.get("error") for r in rows] == [None] * 3, rows
-    assert len({r["system"] + str(r["workload"]["options"]) for r in rows}) == 3
+    rows = run(tmp_path / "rows.json", "hf,ours:lowering=eager", "--parallel", "2")
+    assert [r.get("error") for r in rows] == [None] * 2, rows
+    assert {r["system"] for r in rows} == {"hf", "ours"}
     assert all(0 < r["first_step_s"] < 120 for r in rows)
 
 

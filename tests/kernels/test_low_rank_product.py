@@ -199,7 +199,7 @@ from unsloth.kernels import low_rank_product as m
 
 kernel = m._descriptor_kernel
 for t in dict.fromkeys(m.TILINGS):
-    for transposed, pairs in ((True, 1), (False, 1), (False, 2), (False, 3)):
+    for transposed, pairs in ((True, 1), (False, 1), (False, 3)):  # two pairs need less than three
         left, right = (t.rows, 64), (t.columns, 64) if transposed else (64, t.columns)
         there = ["", "2", "3"][:pairs]
         blocks = {"p": left, "q": right} | {"a" + i: left for i in there} | {"b" + i: right for i in there}
@@ -225,4 +225,4 @@ def test_every_tiling_compiles_for_hopper_and_fits_its_shared_memory(tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = list(map(int, done.stdout.split()))  # a word besides the numbers is a spill
-    assert len(shared) == 4 * len(TILINGS) and max(shared) <= HOPPERS_SHARED_MEMORY
+    assert len(shared) == 3 * len(TILINGS) and max(shared) <= HOPPERS_SHARED_MEMORY

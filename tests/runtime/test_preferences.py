@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TheirORPOTrainer
 
+from tests.runtime.test_smaller import Memory
 from tests.runtime.test_train import checkpoint, command  # noqa: F401
 from tests.runtime.test_trainer import EAGER, adapted
 from unsloth.models.adapters import add_lora
@@ -123,14 +125,72 @@ def test_rows_that_are_cut_off_are_counted(tmp_path) -> None:
     assert made.truncated["train"] == (longer, 12, 0) and 0 < longer < 12
 
 
-def test_memory_that_is_short_is_said(tmp_path) -> None:
-    made = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False})
+# -- out of memory -----------------------------------------------------------------------------------------------------
 
-    def short(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+UNEVEN = {"per_device_train_batch_size": 5, "optim": "sgd"}
+"""Five pairs: in parts of three and two, of answers of several lengths."""
 
-    made.compute_loss = short
-    with pytest.raises(TrainingError, match=r"out of memory: CUDA .* smaller per_device_train_batch_size"):
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("after", [0, 2, 4], ids=["at first", "in the middle of a step", "in the second step"])
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_that_is_short_changes_nothing(tmp_path, caplog, undisturbed, method, after, backward) -> None:
+    """Losses, gradients, every metric of the log, and the parameters."""
+    whole, before = undisturbed[method]
+    _, ours, config = METHODS[method]
+    model = adapted()
+    # DPO's reference is a forward pass of its own, without gradients.
+    passes = after * (2 if method == "dpo" and not backward else 1)
+    memory = Memory(model, 6, backward=backward, after=passes)
+    halved = make(ours, config, tmp_path, {"compile": False}, model=model, **UNEVEN)
+    with caplog.at_level(logging.WARNING):
+        found = everything(halved)
+    assert memory.refused == [10] and halved._smaller.batches.parts == 2
+    assert "out of memory with 5 pairs of" in caplog.text and "from now on 3 at a time" in caplog.text
+    assert len(found) == len(before) == 4
+    for mine, other in zip(found, before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for (name, one), other in zip(whole.model.named_parameters(), halved.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, Any]:
+    """By method, a run that memory suffices for, and its log."""
+    runs = {}
+    for method, (_, ours, config) in METHODS.items():
+        made = make(ours, config, tmp_path_factory.mktemp(method), {"compile": False}, **UNEVEN)
+        runs[method] = made, everything(made)
+    return runs
+
+
+def everything(made: Any) -> list[dict[str, float]]:
+    """What is logged of each step but times."""
+    made.train()
+    times = {"tokens_per_second", "total_flos"}
+    return [{n: v for n, v in h.items() if n not in times} for h in made.state.log_history if "loss" in h]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_halvings_are_enough(tmp_path, method) -> None:
+    _, ours, config = METHODS[method]
+    memory = Memory(model := adapted(), 0)
+    made = make(
+        ours, config, tmp_path, {"compile": False}, model=model, **{**UNEVEN, "per_device_train_batch_size": 12}
+    )
+    with pytest.raises(TrainingError, match="after 3 halvings of the micro-batch: CUDA out of memory"):
+        made.train()
+    assert memory.refused == [24, 12, 6, 4]
+    Memory(model := adapted(), 0)
+    made = make(ours, config, tmp_path, {"compile": False}, model=model)
+    with pytest.raises(TrainingError, match=r"out of memory with one pair of \d+ tokens"):
+        made.train()
+
+
+def test_a_loss_that_parts_do_not_add_up_to_ends_the_run(tmp_path) -> None:
+    Memory(model := adapted(), 0)
+    made = make(DPOTrainer, trl.DPOConfig, tmp_path, {"compile": False}, model=model, loss_type="aot")
+    with pytest.raises(TrainingError, match=r"out of memory: CUDA .* 'aot' is not the sum of its parts: it sorts"):
         made.train()
 
 

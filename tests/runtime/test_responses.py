@@ -145,12 +145,12 @@ def test_a_run_on_answers_alone(command, checkpoint, rows, tmp_path) -> None:  #
     assert code == 0, err
     assert "first row   <|user|>\nWhat is 0 + 0?" in err and "<|assistant|>\n«It is 0." in err
     assert "steps       2, " in out
-    code, _, err = command(*words[:-2], "--max-length", 40, "--overwrite", "true")
+    code, _, err = command(*words[:-2], "--max-length", 40, "--overwrite", "true", "--compile", "false")
     assert code == 0 and "16 of 16 train rows are longer than 40 tokens (max_length), and 6 dropped, of which" in err
 
 
 def test_truncation_is_counted(command, checkpoint, rows, tmp_path) -> None:  # noqa: F811
-    words = ["--model", checkpoint, "--data", rows, "--max-steps", 1, "--options", EAGER, "--output-dir"]
+    words = ["--model", checkpoint, "--data", rows, "--max-steps", 1, "--compile", "false", "--output-dir"]
     code, _, err = command(*words, tmp_path / "a", "--max-length", 100)
     assert code == 0 and "cut off" not in err
     code, _, err = command(*words, tmp_path / "b", "--max-length", 60)

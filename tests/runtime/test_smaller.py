@@ -52,11 +52,17 @@ class Memory:
             output.register_hook(lambda gradient: self.refuse(len(gradient)))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Any, list[dict[str, float]]]:
+    """A run that memory suffices for, and its log."""
+    made = make(tmp_path_factory.mktemp("whole"))
+    return made, history(made)
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("after", [0, 1, 2], ids=["at first", "in the middle of a step", "in the second step"])
-def test_the_run_is_the_same(tmp_path, caplog, backward: bool, after: int) -> None:
-    whole = make(tmp_path)
-    before = history(whole)
+def test_the_run_is_the_same(tmp_path, caplog, whole, backward: bool, after: int) -> None:
+    undisturbed, before = whole
     model = adapted()
     memory = Memory(model, 2, backward=backward, after=after)
     halved = make(tmp_path, model=model)
@@ -64,7 +70,7 @@ def test_the_run_is_the_same(tmp_path, caplog, backward: bool, after: int) -> No
         after_all = history(halved)
     assert memory.refused == [8, 4] and halved._smaller.parts == 4  # and never again
     assert_same(after_all, before, 1e-5)
-    for (name, one), other in zip(whole.model.named_parameters(), halved.model.parameters(), strict=True):
+    for (name, one), other in zip(undisturbed.model.named_parameters(), halved.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
     assert "out of memory with 8 rows of" in caplog.text and "from now on 2 at a time" in caplog.text
 

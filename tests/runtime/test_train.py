@@ -8,12 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import openpyxl
 import pytest
 import torch
+from huggingface_hub import CommitInfo, HfApi, RepoUrl
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -162,7 +164,8 @@ def test_wrong_column_and_empty_data(command, checkpoint, tmp_path) -> None:
 
 
 def in_few_steps(checkpoint: Path, data: Path, out: Path) -> list[Any]:
-    return ["--model", checkpoint, "--data", data, "--output-dir", out, "--max-steps", 2, "--options", EAGER]
+    """For what is the same whether the step is compiled or not."""
+    return ["--model", checkpoint, "--data", data, "--output-dir", out, "--max-steps", 2, "--compile", "false"]
 
 
 def test_a_csv_file_with_templates(command, checkpoint, tmp_path, monkeypatch) -> None:
@@ -259,7 +262,7 @@ def test_a_failure_while_saving_leaves_nothing_half_written(checkpoint, rows, tm
         "dataset_name": str(rows),
         "output_dir": tmp_path / "out",
         "max_steps": 1,
-        "options": {"lowering": "eager"},
+        "compile": False,
     }
     with pytest.raises(OSError, match="No space left"):
         training.train(training.TrainConfig.model_validate(config))
@@ -267,21 +270,46 @@ def test_a_failure_while_saving_leaves_nothing_half_written(checkpoint, rows, tm
     assert left.name == "checkpoint-1" and checkpoints.damage(left) == []
 
 
+def test_checkpoints_and_result_go_to_the_hub(command, checkpoint, rows, tmp_path, monkeypatch) -> None:
+    """As transformers sends them; what a hub would be handed is looked at on the way."""
+    sent: list[tuple[str, set[str]]] = []
+
+    def upload_folder(self: Any, *, repo_id: str, folder_path: str, run_as_future: bool = False, **_: Any) -> Any:
+        sent.append((repo_id, {p.name for p in Path(folder_path).iterdir()}))
+        url = f"https://huggingface.co/{repo_id}/commit/0"
+        done = CommitInfo(commit_url=url, commit_message="", commit_description="", oid="")
+        if run_as_future:
+            (future := Future()).set_result(done)
+            return future
+        return done
+
+    made: list[str] = []
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, name, **_: (made.append(name), RepoUrl(f"https://huggingface.co/{name}"))[1]
+    )
+    words = [*in_few_steps(checkpoint, rows, tmp_path / "out"), "--save-steps", 1, "--push-to-hub", "true"]
+    code, _, err = command(*words, "--hub-model-id", "someone/adapter", "--hub-strategy", "every_save")
+    assert code == 0, err
+    assert made == ["someone/adapter"] and {repo for repo, _ in sent} == {"someone/adapter"}
+    assert len(sent) >= 2 and all("adapter_model.safetensors" in names for _, names in sent)
+
+
 # -- exit codes --------------------------------------------------------------------------------------------------------
 
 MAIN = "from unsloth.runtime.cli import main; main()"
 
 
-def started(checkpoint: Path, rows: Path, out: Path, *more: Any) -> subprocess.Popen[str]:
-    words = ["--model", checkpoint, "--data", rows, "--output-dir", out, "--compile", "false", "--lora-r", 4, *more]
+def started(*words: Any) -> subprocess.Popen[str]:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", MAIN, "train", *map(str, words)]
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_and_going_on(checkpoint, rows, tmp_path, number, code) -> None:
-    process = started(checkpoint, rows, tmp_path / "out", "--max-steps", 100_000)
+def test_a_signal_and_going_on(command, checkpoint, rows, tmp_path, number, code) -> None:
+    words = ["--model", checkpoint, "--data", rows, "--output-dir", tmp_path / "out", "--compile", "false"]
+    process = started(*words, "--max-steps", 100_000)
     assert process.stderr is not None
     said = ""
     while "step 3/" not in said:
@@ -294,9 +322,8 @@ def test_a_signal_and_going_on(checkpoint, rows, tmp_path, number, code) -> None
     (saved,) = checkpoints.checkpoints(tmp_path / "out")
     step = checkpoints.step_of(saved)
     assert f"stopped at step {step}: {saved}; --resume-from-checkpoint true goes on" in said
-    process = started(checkpoint, rows, tmp_path / "out", "--max-steps", step + 2, "--resume-from-checkpoint", "true")
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
+    left, _, said = command(*words, "--max-steps", step + 2, "--resume-from-checkpoint", "true")
+    assert left == 0, said
     assert f"step {step + 1}/{step + 2}" in said and f"step {step}/" not in said
 
 
