@@ -163,7 +163,7 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     """A tiny configuration of the same class, without noise, as a causal language model.
 
     Args:
-        config: an instance with its class's defaults. It is not changed.
+        config: an instance. It is not changed.
 
     Raises:
         Exception: whatever the class raises when it refuses the new values.
@@ -174,9 +174,12 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     kept = _kept_layers(fields, overrides, count, way.copies)
     widths = Widths(fields, len(kept), way.widest)
     result = {}
+    defaults = vars(type(config)())
     for name, value in fields.items():
         new = _field(name, value, widths, kept, count, way)
-        if hasattr(value, "model_type") or type(new) is not type(value) or new != value:
+        # What the class would have by itself is left to it: not every attribute is an argument.
+        as_usual = name in defaults and type(new) is type(value) and new == value == defaults[name]
+        if hasattr(value, "model_type") or not as_usual:
             result[name] = new
     if overrides:
         layers = {i: overrides[old] for i, old in enumerate(kept) if old in overrides}
