@@ -101,8 +101,8 @@ def bos_doubled_in_data(subject: Subject) -> Iterator[str]:
     """Rows begin with BOS twice: they bring it as text, and the tokenizer adds its own."""
     bos = subject.tokenizer.bos_token_id
     rows = subject.rows or ()
-    double = [row.name for row in rows if bos is not None and list(row.ids[:2]) == [bos, bos]]
-    if double:
+    double = [row.name for row in rows if list(row.ids[:2]) == [bos, bos]]
+    if bos is not None and double:
         yield f"{share(len(double), len(rows))} rows begin with {shown(subject.tokenizer, bos)} twice: {listed(double)}"
 
 

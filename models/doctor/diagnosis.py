@@ -167,9 +167,8 @@ def diagnose(subject: Subject, *, only: Callable[[Rule], bool] = lambda rule: Tr
             continue
         if not evidence:
             result.silent.append(rule.id)
-        for severity in (ERROR, WARNING):
-            if texts := tuple(e.text for e in evidence if (e.severity or rule.severity) is severity):
-                found.append(Finding(rule, severity, texts))
+        texts = {s: tuple(e.text for e in evidence if (e.severity or rule.severity) is s) for s in (ERROR, WARNING)}
+        found += [Finding(rule, severity, told) for severity, told in texts.items() if told]
     result.findings = sorted(found, key=lambda f: f.severity is WARNING)
     result.seconds = time.perf_counter() - started
     return result

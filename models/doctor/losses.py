@@ -70,9 +70,10 @@ def loss_per_micro_batch(subject: Subject) -> Iterator[Evidence]:
     "SFTTrainer is not affected",
 )
 def accumulation_scales_gradients(subject: Subject) -> Iterator[Evidence]:
-    """The class says that it cannot be told the number of trained tokens (accepts_loss_kwargs is False, or forward takes
-    no further arguments): transformers' trainer then divides each micro-batch's mean by the number of them, and one
-    that passes the number all the same divides twice, so that gradients shrink with the accumulation steps."""
+    """The class says that it cannot be told the number of trained tokens: accepts_loss_kwargs is False, or forward has
+    no place for it. transformers' trainer then divides each micro-batch's mean by the number of them, and one that
+    passes the number all the same divides twice, so that gradients shrink with the accumulation steps.
+    """
     model = subject.probe.build()
     named = getattr(model, "accepts_loss_kwargs", True) is False
     if not named and takes_anything(model):

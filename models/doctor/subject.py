@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..gguf_header import read_header
 from ..source import ModelError, Source, explained, locate, missing_weights
 from .tensors import Tensors, of_folder, of_gguf, of_model
 
@@ -158,12 +160,15 @@ def read(
     if source.folder is None:
         return Subject(name, presets.config(name), tokenizer=tokenizer)
     with explained(name):
-        config = AutoConfig.from_pretrained(source.files, gguf_file=source.gguf, trust_remote_code=trust_remote_code)
+        if source.gguf:
+            config = _of_header(source.files / source.gguf)
+        else:
+            config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
         subject = Subject(
             name,
             config,
-            written=_json(source, "config.json"),
-            generation=_json(source, "generation_config.json"),
+            written=written_json(source),
+            generation=written_json(source, "generation_config.json"),
             tokenizer=tokenizer,
         )
         if weights and source.gguf:
@@ -173,6 +178,23 @@ def read(
         elif weights:
             raise ModelError(f"{name!r} has no weights to look at: {', '.join(missing_weights(source.files))}")
     return subject
+
+
+def _of_header(path: Path) -> Any:
+    """The configuration that transformers makes of a GGUF file, of its header alone: the lists of the vocabulary would
+    take it seconds."""
+    from transformers import AutoConfig
+
+    header = read_header(path)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "header.gguf").write_bytes(header.short)
+        config: Any = AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    embedding = header.tensors.get("token_embd.weight")
+    if not any(key.endswith(".vocab_size") for key in header.settings) and embedding is not None:
+        config.vocab_size = embedding.shape[0]
+    config.name_or_path = str(path)
+    return config
 
 
 def of_loaded(model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> Subject:
@@ -202,9 +224,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inner is None else inner()
 
 
-def _json(source: Source, name: str) -> dict[str, Any]:
-    path: Path = source.files / name
-    if source.gguf or not path.is_file():
+def written_json(source: Source, name: str = "config.json") -> dict[str, Any]:
+    """A file of settings as it stands in a model's folder; empty where there is none."""
+    if source.folder is None or source.gguf or not (path := source.files / name).is_file():
         return {}
     found = json.loads(path.read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else {}

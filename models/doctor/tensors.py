@@ -6,6 +6,7 @@ Names differ from model to model; what rules ask for is found by what the names 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+
+from ..gguf_header import Info, read_header
 
 _EMBEDDING = re.compile(
     r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|token_embd|embeddings)\.weight"
@@ -105,14 +108,19 @@ def _read(path: Path, name: str) -> Tensor:
 
 def of_gguf(path: Path) -> Tensors:
     """Those of a GGUF file; its blocks are dequantised to float32 when a tensor is read."""
-    from gguf import GGUFReader, dequantize
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
-    def load(tensor) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type)))
+    def load(info: Info) -> Tensor:
+        kind = GGMLQuantizationType(info.kind)
+        block, size = GGML_QUANT_SIZES[kind]
+        width = info.shape[-1] // block * size
+        held = np.fromfile(path, np.uint8, math.prod(info.shape[:-1]) * width, offset=info.offset)
+        if kind in _PLAIN:
+            return torch.from_numpy(held.view(_PLAIN[kind].newbyteorder("<"))).reshape(info.shape).float()
+        return torch.from_numpy(dequantize(held.reshape(-1, width), kind)).reshape(info.shape)
 
-    tensors = GGUFReader(path).tensors
-    # GGUF counts dimensions from the innermost.
-    return Tensors({t.name: Entry(tuple(int(n) for n in reversed(t.shape)), lambda t=t: load(t)) for t in tensors})
+    _PLAIN = {GGMLQuantizationType.F32: np.dtype("f4"), GGMLQuantizationType.F16: np.dtype("f2")}
+    return Tensors({n: Entry(i.shape, lambda i=i: load(i)) for n, i in read_header(path).tensors.items()})
 
 
 def of_model(model: nn.Module) -> Tensors:

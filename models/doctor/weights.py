@@ -59,8 +59,8 @@ def _unused(subject: Subject, used: dict[int, str]) -> Iterator[str]:
             norms = subject.tensors.row_norms(name)
             norm, median = norms[found].max().item(), norms.median().item()
             yield (
-                f"{len(found)} tokens have untrained rows in the {word} (norm at most {norm:.3g}, median {median:.3g}): "
-                + listed(which)
+                f"{len(found)} tokens have untrained rows in the {word} (norm at most {norm:.3g}, median {median:.3g}):"
+                f" {listed(which)}"
             )
 
 
@@ -72,7 +72,7 @@ def _unused(subject: Subject, used: dict[int, str]) -> Iterator[str]:
     "rows to the mean of the trained ones, or use tokens that were trained",
 )
 def untrained_tokens_in_data(subject: Subject) -> Iterator[Evidence]:
-    """The data uses tokens whose rows were never trained: they say nothing to the model, and their gradients are wild."""
+    """The data uses tokens whose rows were never trained: they mean nothing, and adapters cannot help it."""
     used = {i: row.name for row in reversed(subject.rows or ()) for i in row.ids}
     trained = subject.run is not None and bool(subject.run.saved_modules)
     for text in _unused(subject, used):
