@@ -267,7 +267,7 @@ def embedding_scale(model: Any) -> tuple[float, bool] | None:
             model(input_ids=ids, use_cache=False)
     finally:
         hook.remove()
-    rows, inputs = model.get_input_embeddings().weight[ids[0]].double(), held[0][0].double()
+    rows, inputs = model.get_input_embeddings().weight.detach()[ids[0]].double(), held[0][0].double()
     if rows.shape != inputs.shape:
         return None
     factor = float((rows * inputs).sum() / rows.square().sum())

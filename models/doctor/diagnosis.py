@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ class Diagnosis:
         name: of the model.
         findings: errors first.
         silent: ids of the rules that were asked and found nothing.
-        not_asked: id → why a rule could not be asked.
+        not_asked: id → what a rule had to look at, and is not there.
+        failed: id → why a rule could not be asked of this model.
         seconds: that it took.
     """
 
@@ -77,6 +79,7 @@ class Diagnosis:
     findings: list[Finding] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
     not_asked: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -113,6 +116,7 @@ class Diagnosis:
             "findings": [f.to_dict() for f in self.findings],
             "silent": self.silent,
             "not_asked": self.not_asked,
+            "failed": self.failed,
             "seconds": round(self.seconds, 2),
         }
 
@@ -131,10 +135,11 @@ class Diagnosis:
                 table.add_row(name, Text(finding.told), Text(finding.rule.remedy))
             parts.append(table)
         parts.append(Text(self.summary))
-        by_reason: dict[str, list[str]] = {}
-        for id, reason in self.not_asked.items():
-            by_reason.setdefault(reason, []).append(id)
-        parts += [Text(f"not asked ({reason}): {', '.join(ids)}", style="dim") for reason, ids in by_reason.items()]
+        if self.not_asked:
+            counts = Counter(self.not_asked.values()).most_common()
+            told = "; ".join(f"{reason}, {count} rule{'s' * (count != 1)}" for reason, count in counts)
+            parts.append(Text(f"not asked: {told}", style="dim"))
+        parts += [Text(f"failed: {id}: {reason}", style="dim") for id, reason in self.failed.items()]
         return Group(*parts)
 
     def __str__(self) -> str:
@@ -146,7 +151,7 @@ class Diagnosis:
 def diagnose(subject: Subject, *, only: Callable[[Rule], bool] = lambda rule: True) -> Diagnosis:
     """Ask every rule.
 
-    A rule that fails is no finding: it is listed in ``not_asked`` with its error.
+    A rule that fails is no finding: it is listed in ``failed`` with its error.
 
     Args:
         only: which rules to ask.
@@ -163,7 +168,7 @@ def diagnose(subject: Subject, *, only: Callable[[Rule], bool] = lambda rule: Tr
         except Exception as error:
             logger.debug("rule %s failed", rule.id, exc_info=True)
             first = (str(error).splitlines() or [""])[0][:160]
-            result.not_asked[rule.id] = f"{type(error).__name__}: {first}"
+            result.failed[rule.id] = f"{type(error).__name__}: {first}"
             continue
         if not evidence:
             result.silent.append(rule.id)
