@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from datasets import Dataset
 from torch import nn
 
 from ..models.doctor import RULES, Diagnosis, Finding, Row, Run, diagnose, of_loaded, read
@@ -21,14 +20,15 @@ from ..models.source import locate
 from ..models.turns import Markers, rendered
 from . import responses
 from .chat_templates import chat_template as template_of
-from .data import SAMPLE, Data, Templates, load_data, preview
 from .problems import BadRow, DataError
-from .rows import Shape, detect, unchatted
+from .rows import Shape, Templates, detect, unchatted
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # to import datasets takes longer than to ask all rules
+    from datasets import Dataset
     from rich.console import Console
 
     from .config import TrainConfig
+    from .data import Data, Preview
 
 
 class DoctorError(ValueError):
@@ -117,10 +117,16 @@ def sample(
         DataError: when there is no such data, or its rows are none that can be trained on.
     """
     name, shape, rows, numbers = _first_rows(data)
+    return _made(tokenizer, name, shape, zip(numbers, rows, strict=True), assistant_only)
+
+
+def _made(
+    tokenizer: Any, name: str, shape: Shape, rows: Iterable[tuple[int, dict[str, Any]]], assistant_only: bool
+) -> list[Row]:
     gap = None if tokenizer.chat_template else shape.gap
     markers = responses.find_markers(tokenizer) if assistant_only else None
     found = []
-    for number, row in zip(numbers, rows, strict=True):
+    for number, row in rows:
         plain = row if gap is None else unchatted(row, gap)
         try:
             found.append(_tokens(tokenizer, plain, f"{name}:{number}", markers))
@@ -131,6 +137,8 @@ def sample(
 
 def _first_rows(data: Any) -> tuple[str, Shape, list[dict[str, Any]], Sequence[int]]:
     """(name, what the rows are, the rows, their numbers)."""
+    from .data import SAMPLE, load_data, preview
+
     if isinstance(data, str):
         seen = preview(data)
         if seen.shape is not None:
@@ -207,24 +215,47 @@ def _ended(tokenizer: Any, text: str) -> str:
 # -- before training ---------------------------------------------------------------------------------------------------
 
 
-def before_training(trainer: Any, tokenizer: Any, data: Data, config: TrainConfig) -> Diagnosis:
-    """Ask the cheap rules about a run that is about to begin: those that run no model."""
-    subject = of_loaded(trainer.model, tokenizer, name=config.model_name_or_path)
-    subject.written = _written(config)
-    subject.run = Run(
-        dtype="float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else config.dtype,
+def before_loading(tokenizer: Any, data: Preview, config: TrainConfig) -> Diagnosis:
+    """Ask what can be asked of a run without its weights: its files, and the first rows of its data.
+
+    Raises:
+        ModelError, DataError: when they cannot be read.
+    """
+    subject = read(config.model_name_or_path, weights=False, gguf_file=config.gguf_file, tokenizer=tokenizer)
+    subject.run = _run(config)
+    if data.shape is not None:
+        masked = bool(config.trainer.get("assistant_only_loss")) and "messages" in (data.first or {})
+        subject.rows = _made(tokenizer, data.name, data.shape, zip(data.numbers, data.rows, strict=True), masked)
+    return diagnose(subject, only=lambda rule: rule.cheap)
+
+
+def _run(config: TrainConfig, dtype: str | None = None) -> Run:
+    given = config.trainer
+    return Run(
+        dtype=dtype or ("float16" if given.get("fp16") or config.dtype == "float16" else "bfloat16"),
         max_length=config.max_length,
-        packing=trainer.args.packing_strategy if getattr(trainer.args, "packing", False) else None,
+        packing=given.get("packing_strategy", "bfd") if given.get("packing") else None,
         adapted=None,
         saved_modules=tuple(config.modules_to_save or ()),
         trainer="unsloth",
     )
+
+
+def before_training(trainer: Any, tokenizer: Any, data: Data, config: TrainConfig) -> Diagnosis:
+    """Ask the cheap rules about a run that is about to begin: those that run no model."""
+    subject = of_loaded(trainer.model, tokenizer, name=config.model_name_or_path)
+    subject.written = _written(config)
+    subject.run = _run(config, "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else config.dtype)
     subject.rows = _prepared(trainer.train_dataset, data)
     return diagnose(subject, only=lambda rule: rule.cheap)
 
 
 def _prepared(made: Any, data: Data) -> list[Row]:
     """The first rows that a trainer has made; with their names where they are still in the data's order."""
+    from datasets import Dataset
+
+    from .data import SAMPLE
+
     in_order = isinstance(made, Dataset) and len(made) == len(data.rows)
     found = []
     for index, row in zip(range(SAMPLE), made, strict=False):
@@ -245,13 +276,20 @@ def report(found: Diagnosis, console: Console) -> None:
     Raises:
         DoctorError: when training would certainly go wrong.
     """
+    for line in told(found):
+        console.print(f"doctor      {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def told(found: Diagnosis) -> list[str]:
+    """What was found before a run, a line each.
+
+    Raises:
+        DoctorError: when training would certainly go wrong.
+    """
     if found.stops:
-        told = "\n".join(_told(f) for f in found.stops)
+        told = "\n".join(map(_told, found.stops))
         raise DoctorError(f"{told}\n--doctor false trains all the same")
-    for finding in found.findings:
-        console.print(f"doctor      {_told(finding)}", markup=False, highlight=False, soft_wrap=True)
-    if not found.findings:
-        console.print(f"doctor      {len(found.silent)} rules, nothing found", highlight=False)
+    return [*map(_told, found.findings)] or [f"{len(found.silent)} rules, nothing found"]
 
 
 def _told(finding: Finding) -> str:

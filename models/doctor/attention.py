@@ -35,18 +35,26 @@ def future_seen(subject: Subject) -> Iterator[str]:
 def window_off_by_one(subject: Subject) -> Iterator[str]:
     """A layer's sliding window is not as long as the configuration says, or does not slide at all."""
     config = subject.probe.config
-    window, layers = getattr(config, "sliding_window", None), getattr(config, "num_hidden_layers", None)
-    kinds = getattr(config, "layer_types", None)
-    if not window or not layers or (kinds is not None and "sliding_attention" not in kinds):
+    layers, kinds = getattr(config, "num_hidden_layers", None), getattr(config, "layer_types", None)
+    if not getattr(config, "sliding_window", None) or not layers or (kinds and "sliding_attention" not in kinds):
         return
-    alone = {} if kinds is None else {"layer_types": ["sliding_attention"] * layers}
-    length = layers * window + 4
-    seen = reach(subject.probe.build(**alone), length)[-1]
-    found, wanted = length - min(seen), layers * (window - 1) + 1
-    if found != wanted:
+    alone = {"layer_types": ["sliding_attention"] * layers} if kinds else {}
+    window, length = 4, 16 * layers
+
+    def sees(size: int) -> int:
+        (seen,) = reach(subject.probe.build(sliding_window=size, **alone), length, [length - 1])
+        return length - min(seen)
+
+    # A token more in the window is one more per attention that looks back. There may be fewer than layers (some take
+    # the keys of others) or more (loops); a convolution adds tokens of its own.
+    found, attentions = sees(window), sees(window + 1) - sees(window)
+    extra = found - 1 - attentions * (window - 1)
+    if attentions == 0 and found == length:
+        yield f"with a window of {window} an output sees all {length} tokens of a row"
+    elif attentions and abs(extra) == attentions:
         yield (
-            f"through {layers} layers with a window of {window} an output sees {found} tokens; "
-            f"each layer adds {window - 1}, which makes {wanted}"
+            f"through {attentions} attentions with a window of {window} an output sees {found} tokens; each adds "
+            f"{window - 1}, which makes {found - extra}"
         )
 
 
@@ -64,8 +72,10 @@ def documents_mixed(subject: Subject) -> Iterator[Evidence]:
         return
     positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
     seen = reach(model, 12, position_ids=positions)
+    packs = subject.run is not None and subject.run.packing is not None
+    if subject.run is not None and not packs:
+        return
     if crossed := [p for p in range(6, 12) if seen[p] and min(seen[p]) < 6]:
-        packs = subject.run is not None and subject.run.packing is not None
         text = f"two documents of 6 tokens in a row: the second one's position {crossed[0] - 6} sees the first"
         yield Evidence(text, ERROR if packs else None)
 
@@ -84,9 +94,9 @@ def softcap_dropped(subject: Subject) -> Iterator[str]:
         cap = getattr(probe.real, name, None)
         if not cap:
             continue
-        # A cap far below the scores: a model that minds it cannot give the same numbers without.
+        # A cap far below the scores and one far above: a model that minds it cannot give the same numbers with both.
         try:
-            with_cap, without = (_logits(probe, **{name: value}) for value in (0.5, None))
+            with_cap, without = (_logits(probe, **{name: value}) for value in (0.5, 1e6))
         except ValueError as error:
             if "softcap" not in str(error):
                 raise
@@ -143,7 +153,9 @@ def left_padding_changes(subject: Subject) -> Iterator[str]:
     more = {"position_ids": positions} if accepts(model, "position_ids") else {}
     with torch.no_grad():
         padded = model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[1, 4:]
-        alone = model(input_ids=ids[1:, 4:], use_cache=False).logits[0]
+        # With position ids as well: not every class begins at 0 when it counts itself.
+        more = {"position_ids": positions[1:, 4:]} if more else {}
+        alone = model(input_ids=ids[1:, 4:], use_cache=False, **more).logits[0]
     off = float((padded - alone).norm() / alone.norm())
     if off > 1e-3:  # NaN has a rule of its own
         yield f"the same 4 tokens give logits that differ by {off:.1%} behind 4 of padding"

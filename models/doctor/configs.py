@@ -107,22 +107,3 @@ def activations_disagree(subject: Subject) -> Iterator[str]:
     one, other = (subject.written_text.get(name) for name in ("hidden_act", "hidden_activation"))
     if one and other and one != other:
         yield f"hidden_act is {one!r}, hidden_activation {other!r}"
-
-
-@rule(
-    "window-longer-than-context",
-    WARNING,
-    "config",
-    remedy="set sliding_window to null where no window is meant, or correct max_position_embeddings",
-)
-def window_longer_than_context(subject: Subject) -> Iterator[str]:
-    """The sliding window is longer than the context, so that nothing slides: one of the two is wrong."""
-    config = subject.text_config
-    window, positions = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
-    if isinstance(window, int) and isinstance(positions, int) and window > positions and _slides(config):
-        yield f"sliding_window is {window:,}, max_position_embeddings {positions:,}"
-
-
-def _slides(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None)
-    return "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)

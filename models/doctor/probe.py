@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -122,15 +122,19 @@ def tokens(rows: int, length: int) -> Tensor:
     return torch.randint(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, (rows, length), generator=generator)
 
 
-def reach(model: Any, length: int, **inputs: Any) -> list[set[int]]:
+def reach(model: Any, length: int, positions: Iterable[int] | None = None, **inputs: Any) -> list[set[int]]:
     """Which tokens each output depends on: the positions whose embedding has a gradient that is not zero.
 
     Args:
         length: tokens of the one row that is asked about.
+        positions: of the outputs; None asks about all.
         inputs: beside ``input_ids``.
 
     Returns:
-        for every position of the row the set of positions that it sees.
+        for every position of an output the set of positions that it sees.
+
+    Raises:
+        ProbeError: when the embedding is not a vector per token.
     """
     held: list[Tensor] = []
 
@@ -143,8 +147,10 @@ def reach(model: Any, length: int, **inputs: Any) -> list[set[int]]:
         logits = model(input_ids=tokens(1, length), use_cache=False, **inputs).logits[0]
     finally:
         hook.remove()
+    if held[0].shape[:2] != (1, length):
+        raise ProbeError(f"the embedding makes {tuple(held[0].shape)} of {length} tokens")
     seen = []
-    for position in range(length):
+    for position in range(length) if positions is None else positions:
         (gradient,) = torch.autograd.grad(logits[position].float().square().sum(), held[0], retain_graph=True)
         seen.append(set(torch.nonzero(gradient[0].abs().sum(-1)).flatten().tolist()))
     return seen

@@ -189,7 +189,7 @@ CASES = {
     "future-seen": lambda: (subject(attn_implementation="sees_all"), "position 0 depends on position 11"),
     "window-off-by-one": lambda: (
         subject("tiny-mistral", attn_implementation="window_and_one_more"),
-        "with a window of 8 an output sees 17 tokens; each layer adds 7, which makes 15",
+        "through 2 attentions with a window of 4 an output sees 9 tokens; each adds 3, which makes 7",
     ),
     "documents-mixed": lambda: (planted(IgnoresPositions, "tiny-llama"), "the second one's position 0 sees the first"),
     "softcap-dropped": lambda: (
@@ -284,6 +284,20 @@ def test_declared_rotations_are_those_of_transformers(scaling):
     frequencies, factor = declared(parameters, 64)
     torch.testing.assert_close(rotary.inv_freq.double(), frequencies, rtol=1e-5, atol=0)
     assert rotary.attention_scaling == pytest.approx(factor)
+
+
+def test_a_window_that_does_not_slide():
+    found = evidence("window-off-by-one", subject("tiny-mistral", attn_implementation="without_cap"))
+    assert found == ["with a window of 4 an output sees all 32 tokens of a row"]
+
+
+def test_documents_of_a_run_that_does_not_pack_are_not_asked_about():
+    bad = planted(IgnoresPositions, "tiny-llama")
+    found = {}
+    for packing in (None, "bfd"):
+        bad.run = Run(packing=packing)
+        found[packing] = severities("documents-mixed", bad)
+    assert found == {None: set(), "bfd": {"error"}}
 
 
 def test_a_scaling_without_a_formula_is_not_judged():

@@ -187,11 +187,6 @@ CASES = {
         "hidden_act is 'gelu'",
         subject(written={"hidden_act": "gelu", "hidden_activation": None}),
     ),
-    "window-longer-than-context": lambda: (
-        subject("tiny-mistral", sliding_window=4096),
-        "sliding_window is 4,096",
-        subject("tiny-mistral"),
-    ),
     "untrained-tokens-in-data": lambda: (
         weighed(rows=labelled(([65, 200], [65, 200])), untouched=200),
         "1 tokens have untrained rows in the embedding",
