@@ -140,7 +140,7 @@ def reach(model: Any, length: int, positions: Iterable[int] | None = None, **inp
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         held.append(output.detach().requires_grad_())
-        return held[-1]
+        return held[-1] * 1.0  # some models add to it in place
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
     try:
