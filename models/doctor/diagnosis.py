@@ -72,6 +72,7 @@ class Diagnosis:
         silent: ids of the rules that were asked and found nothing.
         not_asked: id → what a rule had to look at, and is not there.
         failed: id → why a rule could not be asked of this model.
+        notes: what loading has put right, and other programs may not.
         seconds: that it took.
     """
 
@@ -80,6 +81,7 @@ class Diagnosis:
     silent: list[str] = field(default_factory=list)
     not_asked: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -115,6 +117,7 @@ class Diagnosis:
             "ok": self.ok,
             "findings": [f.to_dict() for f in self.findings],
             "silent": self.silent,
+            "notes": self.notes,
             "not_asked": self.not_asked,
             "failed": self.failed,
             "seconds": round(self.seconds, 2),
@@ -127,14 +130,15 @@ class Diagnosis:
         parts: list[RenderableType] = []
         if self.findings:
             table = Table(show_lines=True, highlight=False)
-            for column, ratio in (("rule", 2), ("what was found", 5), ("what to do", 4)):
-                table.add_column(column, ratio=ratio, overflow="fold")
+            table.add_column("rule", no_wrap=True)
+            table.add_column("what was found → what to do", overflow="fold")
             for finding in self.findings:
                 colour = "red" if finding.severity is ERROR else "yellow"
                 name = Text.assemble((f"{finding.severity}", f"bold {colour}"), "\n", finding.rule.id)
-                table.add_row(name, Text(finding.told), Text(finding.rule.remedy))
+                table.add_row(name, Text.assemble(finding.told, "\n", (f"→ {finding.rule.remedy}", "green")))
             parts.append(table)
         parts.append(Text(self.summary))
+        parts += [Text(f"note: {note}") for note in self.notes]
         if self.not_asked:
             counts = Counter(self.not_asked.values()).most_common()
             told = "; ".join(f"{reason}, {count} rule{'s' * (count != 1)}" for reason, count in counts)
@@ -158,7 +162,7 @@ def diagnose(subject: Subject, *, only: Callable[[Rule], bool] = lambda rule: Tr
     """
     started = time.perf_counter()
     found: list[Finding] = []
-    result = Diagnosis(subject.name)
+    result = Diagnosis(subject.name, notes=list(subject.notes))
     for rule in filter(only, RULES.values()):
         if (reason := next(filter(None, map(subject.lacks, rule.looks_at)), None)) is not None:
             result.not_asked[rule.id] = reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,6 +76,7 @@ class Subject:
         model: a model in memory.
         run: settings; None where no run is meant.
         attn_implementation: what attention is computed with; None is transformers' choice.
+        notes: what loading has put right, and other programs may not.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Subject:
     model: nn.Module | None = None
     run: Run | None = None
     attn_implementation: str | None = None
+    notes: Sequence[str] = ()
 
     def lacks(self, part: str) -> str | None:
         """Why a part of :data:`~unsloth.models.doctor.rule.PARTS` cannot be looked at, or None."""
@@ -171,6 +173,7 @@ def read(
             generation=written_json(source, "generation_config.json"),
             tokenizer=tokenizer,
         )
+        subject.notes = [*_padding_note(source, tokenizer)]
         if weights and source.gguf:
             subject.tensors = of_gguf(source.files / source.gguf)
         elif weights and not missing_weights(source.files):
@@ -178,6 +181,23 @@ def read(
         elif weights:
             raise ModelError(f"{name!r} has no weights to look at: {', '.join(missing_weights(source.files))}")
     return subject
+
+
+def _padding_note(source: Source, tokenizer: Any) -> Iterator[str]:
+    """Say where the files pad with EOS and :func:`~unsloth.models.tokenizer.load_tokenizer` has taken another token."""
+    if source.gguf:
+        settings = read_header(source.files / source.gguf).settings
+        pad, eos = (settings.get(f"tokenizer.ggml.{name}_token_id") for name in ("padding", "eos"))
+    else:
+        settings = written_json(source, "tokenizer_config.json")
+        # A token is written as its text, or as an object that has it.
+        written = [settings.get(name) for name in ("pad_token", "eos_token")]
+        pad, eos = (token.get("content") if isinstance(token, dict) else token for token in written)
+    if pad is not None and pad == eos and tokenizer is not None and tokenizer.pad_token != tokenizer.eos_token:
+        yield (
+            f"the files pad with EOS; loaded here, padding is {tokenizer.pad_token!r}. Programs that take it from the "
+            "files and mask padding by its id hide EOS from the loss"
+        )
 
 
 def _of_header(path: Path) -> Any:

@@ -189,7 +189,7 @@ CASES = {
     ),
     "untrained-tokens-in-data": lambda: (
         weighed(rows=labelled(([65, 200], [65, 200])), untouched=200),
-        "1 tokens have untrained rows in the embedding",
+        "1 token with untrained rows in the embedding",
         weighed(rows=labelled(([65, 66], [65, 66])), untouched=200),
     ),
     "untrained-tokens-in-template": lambda: (

@@ -102,6 +102,12 @@ def test_a_wrong_question_is_answered(command, arguments, message):
     assert (code, out) == (2, "") and message in err and "Traceback" not in err
 
 
+def test_what_loading_puts_right_is_a_note(command, folder):
+    code, out, _ = command("doctor", folder(pad="<|im_end|>"), "--no-weights")
+    assert code == 0 and "nothing found" in out
+    assert "note: the files pad with EOS; loaded here, padding is '<|pad|>'" in " ".join(out.split())
+
+
 def test_rules_are_listed(command):
     code, out, _ = command("doctor", "--rules")
     assert code == 0 and len(out.splitlines()) == 59 and "error    pad-is-eos" in out
