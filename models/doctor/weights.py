@@ -59,8 +59,8 @@ def _unused(subject: Subject, used: dict[int, str]) -> Iterator[str]:
             norms = subject.tensors.row_norms(name)
             norm, median = norms[found].max().item(), norms.median().item()
             yield (
-                f"{len(found)} token{'s' * (len(found) != 1)} with untrained rows in the {word} (norm at most {norm:.3g}, "
-                f"median {median:.3g}): {listed(which)}"
+                f"{len(found)} token{'s' * (len(found) != 1)} with untrained rows in the {word} (norm at most "
+                f"{norm:.3g}, median {median:.3g}): {listed(which)}"
             )
 
 
