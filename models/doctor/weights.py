@@ -143,7 +143,12 @@ def head_missing(subject: Subject) -> Iterator[str]:
     """The head is declared to be a tensor of its own, and the checkpoint holds none: it would start at random."""
     tensors = subject.tensors
     tied = getattr(subject.text_config, "tie_word_embeddings", False)
-    if tensors is not None and tensors.embedding is not None and tensors.head is None and not tied:
+    if tensors is None or tensors.embedding is None or tensors.head is not None or tied:
+        return
+    rows = tensors.entries[tensors.embedding].shape[0]
+    # Heads have many names; none is as long as the vocabulary and is no head.
+    others = [n for n, e in tensors.entries.items() if len(e.shape) == 2 and rows in e.shape and n != tensors.embedding]
+    if not others:
         yield f"tie_word_embeddings is false, and of {len(tensors.entries):,} tensors none is a head"
 
 

@@ -286,6 +286,15 @@ def test_untrained_rows_are_found_however_they_were_left():
     assert untrained(tensors(model__embed_tokens__weight=rows), "model.embed_tokens.weight") == {10, 20, 21, 22}
 
 
+def test_a_head_of_another_name_is_a_head():
+    planted = weighed(head=False)
+    assert evidence("head-missing", planted)
+    planted.tensors = tensors(
+        model__embed_tokens__weight=torch.ones(260, 8), transformer__output_layer__weight=torch.ones(260, 8)
+    )
+    assert evidence("head-missing", planted) == []
+
+
 def test_tokens_that_will_be_trained_are_a_warning():
     row = labelled(([65, 200], [65, 200]))
     assert severities("untrained-tokens-in-data", weighed(untouched=200, rows=row)) == {"error"}
