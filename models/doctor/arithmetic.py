@@ -242,7 +242,9 @@ def gelu_variant(subject: Subject) -> Iterator[str]:
 
 def _is_activation(path: str) -> bool:
     last = path.rpartition(".")[2]
-    inner = "mlp" in path.lower() and not any(part in path.lower() for part in ("vision", "image", "audio", "encoder"))
+    inner = "mlp" in path.lower() and not any(
+        part in path.lower() for part in ("vision", "image", "audio", "encoder", "router")
+    )
     return inner and last in ("act_fn", "act", "activation_fn", "activation", "activation_func")
 
 
