@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
+    from .models.doctor import Diagnosis
     from .models.fast import FastLanguageModel
+    from .runtime.doctor import doctor
     from .runtime.plan import MemoryPlan, plan
     from .runtime.preferences import DPOTrainer, ORPOTrainer
     from .runtime.trainer import SFTTrainer
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DPOTrainer",
+    "Diagnosis",
     "Explanation",
     "FastLanguageModel",
     "MemoryPlan",
     "ORPOTrainer",
     "SFTTrainer",
     "Verification",
+    "doctor",
     "explain",
     "plan",
     "verify",
@@ -33,6 +37,8 @@ __all__ = [
 
 # Imported on first use, so that ``import unsloth`` costs nothing and touches nothing.
 _HOMES = {
+    "Diagnosis": ".models.doctor",
+    "doctor": ".runtime.doctor",
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
     "FastLanguageModel": ".models.fast",

@@ -3,7 +3,7 @@
     python -m benchmarks.sweep [--types llama,gpt2 | --sample] [--lowering eager] [--jobs 1]
                                [--out docs/architectures.md] [--json results.json]
 
-A tiny random model of each causal language model type (``benchmarks/shrink.py``) takes one step in eager and one
+A tiny random model of each causal language model type (``models/shrink.py``) takes one step in eager and one
 compiled by our backend under ``strict`` and eager lowering; the loss and every gradient are compared. The models run in
 worker processes (``benchmarks/sweep_worker.py``) that are replaced when one dies or exceeds its time.
 """
@@ -145,7 +145,7 @@ def document(rows: list[Row], versions: dict[str, str]) -> str:
         "A miss keeps the model's own formula: slower, never wrong. The logits are kept here, so that no loss is "
         "computed without them. *Breaks* are distinct reasons. *Same seed*: the model draws random numbers. "
         "*Eager cannot run*: the default configuration is incomplete, the model wants more than tokens, or the "
-        "rules of `benchmarks/shrink.py` find no tiny one; the message is that of the first attempt.",
+        "rules of `models/shrink.py` find no tiny one; the message is that of the first attempt.",
         "",
         "| type | result | graphs | breaks | covered | " + " | ".join(OPERATORS) + " | missed because |",
         "|---|---|---:|---:|---:|" + "---:|" * len(OPERATORS) + "---|",

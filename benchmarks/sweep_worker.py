@@ -86,7 +86,7 @@ def runnable(name: str) -> tuple[Any, dict[str, Any], Step]:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from .shrink import ways
+    from unsloth.models.shrink import ways
 
     failed: list[Exception] = []
     for config in ways(CONFIG_MAPPING[name]()):
@@ -117,7 +117,7 @@ def tokens() -> dict[str, Any]:
     """Ordinary tokens, no special ones, which some models mask or take as images."""
     import torch
 
-    from .shrink import ORDINARY_TOKENS
+    from unsloth.models.shrink import ORDINARY_TOKENS
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, (BATCH, LENGTH), generator=generator)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import presets
 from .byte_tokenizer import VOCABULARY, byte_tokenizer
+from .gguf_header import read_header
 from .source import ModelError, Source, explained, locate
 
 logger = logging.getLogger(__name__)
@@ -78,13 +79,11 @@ def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, source: Source) -> 
 
     transformers 5.17 sets EOS to BOS for vocabularies of the GPT-2 kind.
     """
-    from gguf import GGUFReader
-
-    reader = GGUFReader(source.files / (source.gguf or ""))
+    settings = read_header(source.files / (source.gguf or "")).settings
     for key, attribute in _SPECIAL.items():
-        field = reader.get_field(f"tokenizer.ggml.{key}")
-        if field is not None:
-            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(field.contents())))
+        number = settings.get(f"tokenizer.ggml.{key}")
+        if number is not None:
+            setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(number)))
 
 
 def _separate_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -1,7 +1,7 @@
-"""The command line: ``unsloth train``, ``explain``, ``verify``, ``plan``, ``env``. It prints what the functions return.
+"""The command line: ``unsloth train``, ``doctor``, ``explain``, …, ``env``. It prints what the functions return.
 
-Exit codes: 0 done; 1 the answer is no (``verify``, ``plan``), or the work failed; 2 the question was wrong; 130
-interrupted; 143 terminated.
+Exit codes: 0 done; 1 the answer is no (``verify``, ``plan``, ``doctor``), or the work failed; 2 the question was wrong;
+130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from .doctor_command import doctor
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, which `--help` should not
     from torch import nn
@@ -206,6 +207,9 @@ def plan(
         raise typer.Exit(FAILED)
 
 
+app.command()(doctor)
+
+
 @app.command()
 def env() -> None:
     """Versions and device, for a bug report."""
@@ -254,6 +258,7 @@ def _bad_input() -> tuple[type[ValueError], ...]:
 
     ours = (
         ("config", "ConfigError"),
+        ("doctor", "DoctorError"),
         ("data", "DataError"),
         ("outputs", "OutputError"),
         ("checkpoints", "CheckpointError"),

@@ -98,6 +98,9 @@ class TrainConfig(BaseModel):
     logging_steps: float = Field(1, gt=0, description="Steps between two lines of the log.")
     seed: int = Field(3407, ge=0, description="Of the adapters' start and the order of the data.")
 
+    doctor: bool = Field(
+        True, description="Look for silent errors before training, and refuse what is certain to go wrong; false: not."
+    )
     compile: bool = Field(True, description="Run the step through the backend; false runs it eagerly.")
     cuda_graphs: bool = Field(
         True, description="Record steps whose batches have one shape, and replay them; false launches every step."

@@ -51,7 +51,7 @@ def plot_loss(history: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _write(figure, Path(path))
+    return write_png(figure, Path(path))
 
 
 def _points(history: list[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -77,7 +77,8 @@ def smoothed(values: Sequence[float], reach: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
-def _write(figure: Figure, path: Path) -> Path:
+def write_png(figure: Figure, path: Path) -> Path:
+    """Write a figure; the file appears when it is whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -150,6 +150,8 @@ class Preview:
         unused: columns that nothing is made of.
         problems: rows among them that would be left out.
         looked_at: rows.
+        rows: the sound ones among them, in a form that TRL reads.
+        numbers: of each of those in its file.
     """
 
     name: str
@@ -158,6 +160,8 @@ class Preview:
     unused: list[str] = field(default_factory=list)
     problems: Problems = field(default_factory=Problems)
     looked_at: int = 0
+    rows: Sequence[dict[str, Any]] = field(default=(), repr=False)
+    numbers: Sequence[int] = field(default=(), repr=False)
 
     @property
     def is_chat(self) -> bool:
@@ -205,12 +209,12 @@ def preview(
     if not found:
         raise DataError(f"data set {name!r} has no rows" + (f" that can be read\n{problems}" if problems.count else ""))
     shape = _shape(preferences)(name, columns, found, templates=templates, text_field=text_field)
-    problems = Problems()
-    rows = list(_sound(name, first, shape, problems, array("Q")))
+    problems, numbers = Problems(), array("Q")
+    rows = list(_sound(name, first, shape, problems, numbers))
     if problems.count and (strict or not rows):
         raise DataError(f"{problems.count:,} of the first {len(first):,} rows of {name!r} cannot be used:\n{problems}")
     unused = [column for column in columns if column not in shape.columns]
-    return Preview(name, shape, rows[0], unused, problems, len(first))
+    return Preview(name, shape, rows[0], unused, problems, len(first), rows, numbers)
 
 
 def _sound(

@@ -16,6 +16,7 @@ from .chat_templates import chat_template
 from .checkpoints import CheckpointError
 from .config import ConfigError, TrainConfig
 from .data import DataError, Preview, Templates, preview
+from .doctor import before_loading, told
 from .outputs import OutputError, check_output
 
 SHOWN = 400
@@ -42,6 +43,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
     Raises:
         ConfigError: with everything that is wrong, each with file and line, or its flag.
+        DoctorError: when training would certainly go wrong.
     """
     from ..models.source import ModelError
 
@@ -70,6 +72,8 @@ def dry_run(config: TrainConfig) -> DryRun:
     lines += [("data" if i == 0 else "held out", str(found)) for i, found in enumerate(data)]
     if (example := _example(tokenizer, data[0])) is not None:
         lines.append(("first row", example))
+    if config.doctor and tokenizer is not None:
+        lines.append(("doctor", "\n".join(told(before_loading(tokenizer, data[0], config)))))
     free = shutil.disk_usage(output).free
     state = "is there" if config.output_dir.exists() else "will be made"
     lines += [("output", f"{config.output_dir} {state}, {free / 2**30:,.1f} GiB free"), ("device", _device(config))]

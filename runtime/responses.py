@@ -7,14 +7,14 @@ user who writes the template's markers into a question fools nobody.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from rich.text import Text
 
+from ..models import turns
+from ..models.turns import Markers
 from .problems import BadRow, DataError, shown
 
 CHECKED = 20
@@ -24,45 +24,18 @@ SHOWN = 1000
 """Characters of the first row that are shown."""
 
 
-@dataclass(frozen=True)
-class Markers:
-    """What a template puts around an answer.
-
-    Attributes:
-        start: the last thing before it, such as ``<|im_start|>assistant\\n``: the generation prompt, if there is one.
-        stop: what ends it and has to be learnt, such as ``<|im_end|>``; empty where the template has no end.
-    """
-
-    start: str
-    stop: str
-
-
 def find_markers(tokenizer: Any) -> Markers:
-    """Compare renderings of known conversations.
+    """:func:`~unsloth.models.turns.find_markers`, with errors as data has them.
 
     Raises:
         DataError: when the template drops or changes texts, or puts nothing before an answer.
     """
-    questions, answers = ("QUESTIONONE", "QUESTIONTWO"), ("ANSWERONE", "ANSWERTWO")
-    chat = [
-        {"role": role, "content": text}
-        for pair in zip(questions, answers, strict=True)
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
-    whole = _rendered(tokenizer, chat)
-    if not all(whole.count(text) == 1 for text in (*questions, *answers)):
-        raise DataError("the chat template drops or repeats messages: answers cannot be told from questions in it")
-    before = _between(whole, questions[0], answers[0])
-    asked = _rendered(tokenizer, chat[:1]).partition(questions[0])[2]
-    prompted = _rendered(tokenizer, chat[:1], add_generation_prompt=True).partition(questions[0])[2]
-    start = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
-    if not start or not before.startswith(asked + start):
-        start = before  # there is no generation prompt, or another one: all that stands there
-    if not start.strip():
-        raise DataError("the chat template puts nothing between a question and its answer")
-    inner, last = _between(whole, answers[0], questions[1]), whole.partition(answers[1])[2]
-    both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(inner, last, strict=False))
-    return Markers(start, "".join(one for one, _ in both).rstrip())
+    try:
+        return turns.find_markers(tokenizer)
+    except turns.TemplateError as error:
+        raise DataError(str(error)) from None
+    except jinja2.TemplateError as error:
+        raise BadRow(f"the chat template refuses the row: {error}") from None
 
 
 def answers(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
@@ -157,10 +130,6 @@ def coloured(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int], *,
 
 def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **settings: Any) -> str:
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **settings)
+        return turns.rendered(tokenizer, messages, **settings)
     except jinja2.TemplateError as error:
         raise BadRow(f"the chat template refuses the row: {error}") from None
-
-
-def _between(text: str, first: str, second: str) -> str:
-    return text.partition(first)[2].partition(second)[0]

@@ -29,6 +29,7 @@ from .chat_templates import chat_template
 from .config import TrainConfig
 from .curves import plot_loss
 from .data import Data, DataError, Templates, is_conversational, load_data
+from .doctor import before_training, report
 from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
@@ -92,6 +93,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     when they are whole.
 
     Raises:
+        DoctorError: when training would certainly go wrong, and it can be seen beforehand.
         DataError, ModelError, OutputError: when the data, the model or the place for the results cannot be used.
         CheckpointError: when there is nothing to resume from.
         SavingError: when the results could not be written after training.
@@ -143,6 +145,8 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     moved = any(getattr(trainer.args, name, False) for name in ("packing", "shuffle_dataset"))
     if len(trainer.train_dataset) == len(data[0].rows) and not moved:
         trainer.row_name = data[0].row_name
+    if config.doctor:
+        report(before_training(trainer, tokenizer, data[0], config), console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console))
     _show_first_row(trainer, tokenizer, console)

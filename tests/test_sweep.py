@@ -7,7 +7,7 @@ import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from benchmarks import sweep, sweep_worker
-from benchmarks.shrink import HEAD_DIM, HEADS, ORDINARY_TOKENS, VOCABULARY, WIDTH, Way, shrink, ways
+from unsloth.models.shrink import HEAD_DIM, HEADS, ORDINARY_TOKENS, VOCABULARY, WIDTH, Way, shrink, ways
 
 # Norms of both kinds and places, rotary, learned, ALiBi and relative positions, fused projections, windows, soft caps,
 # sinks, mixtures of experts, latent attention, scans, linear attention, shared layers, decoders of encoder-decoders.

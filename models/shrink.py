@@ -163,7 +163,7 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     """A tiny configuration of the same class, without noise, as a causal language model.
 
     Args:
-        config: an instance with its class's defaults. It is not changed.
+        config: an instance. It is not changed.
 
     Raises:
         Exception: whatever the class raises when it refuses the new values.
@@ -173,11 +173,14 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     count = _layer_count(fields)
     kept = _kept_layers(fields, overrides, count, way.copies)
     widths = Widths(fields, len(kept), way.widest)
-    result = {}
+    result, special = {}, {}
+    defaults = vars(type(config)())
     for name, value in fields.items():
         new = _field(name, value, widths, kept, count, way)
         if hasattr(value, "model_type") or type(new) is not type(value) or new != value:
             result[name] = new
+        elif name not in defaults or defaults[name] != value:
+            special[name] = value
     if overrides:
         layers = {i: overrides[old] for i, old in enumerate(kept) if old in overrides}
         own = {i: Widths(fields | o, len(kept), way.widest) for i, o in layers.items()}
@@ -186,7 +189,10 @@ def shrink(config: Any, way: Way = Way()) -> Any:
         result["is_decoder"] = True  # else a bidirectional encoder
     if "default_language" in fields and fields["default_language"] is None:
         result["default_language"] = fields["languages"][0]
-    return type(config)(**result)
+    try:
+        return type(config)(**special, **result)
+    except Exception:  # noqa: BLE001  not every attribute is an argument
+        return type(config)(**result)
 
 
 def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, way: Way) -> Any:
