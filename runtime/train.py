@@ -25,6 +25,7 @@ from ..compiler.explain import Explanation
 from ..models.adapters import add_lora
 from ..models.load import load_model, load_tokenizer
 from . import checkpoints, responses
+from .card import run_record, write_card
 from .chat_templates import chat_template
 from .config import TrainConfig
 from .curves import plot_loss
@@ -173,7 +174,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         is_adapter=config.use_peft,
     )
     try:
-        _save(trainer, result)
+        _save(trainer, result, run_record(config, data, result))
     except OSError as error:
         raise SavingError(f"the results could not be saved in {config.output_dir}: {error}") from error
     return result
@@ -334,7 +335,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Any, result: TrainResult) -> None:
+def _save(trainer: Any, result: TrainResult, record: dict[str, Any]) -> None:
     """Write everything beside its place and move it there when it is whole."""
     folder = result.output_dir
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -343,6 +344,7 @@ def _save(trainer: Any, result: TrainResult) -> None:
         shutil.rmtree(aside / REFERENCE, ignore_errors=True)  # the adapter that DPO started from, if from one
         (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
         plot_loss(result.history, aside / "loss.png")
+        write_card(aside, record, is_adapter=result.is_adapter, title=folder.name)
         for path in sorted(aside.iterdir()):
             os.replace(path, folder / path.name)
 

