@@ -57,6 +57,7 @@ class TrainResult:
         answers: what the model said to ``sample_prompt`` before and after; None without one.
         history: the trainer's log.
         explanation: what the compiler recognised.
+        record: what the model card says of the run.
     """
 
     output_dir: Path
@@ -69,6 +70,7 @@ class TrainResult:
     explanation: Explanation
     history: list[dict[str, Any]] = field(repr=False)
     is_adapter: bool = True
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         rate = f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else "no rate: one step only"
@@ -173,8 +175,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         history=[*history, *trainer.state.log_history],
         is_adapter=config.use_peft,
     )
+    result.record = run_record(config, data, result)
     try:
-        _save(trainer, result, run_record(config, data, result))
+        _save(trainer, result)
     except OSError as error:
         raise SavingError(f"the results could not be saved in {config.output_dir}: {error}") from error
     return result
@@ -335,7 +338,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str | None, tokens: int = 64) ->
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
-def _save(trainer: Any, result: TrainResult, record: dict[str, Any]) -> None:
+def _save(trainer: Any, result: TrainResult) -> None:
     """Write everything beside its place and move it there when it is whole."""
     folder = result.output_dir
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:
@@ -344,7 +347,7 @@ def _save(trainer: Any, result: TrainResult, record: dict[str, Any]) -> None:
         shutil.rmtree(aside / REFERENCE, ignore_errors=True)  # the adapter that DPO started from, if from one
         (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
         plot_loss(result.history, aside / "loss.png")
-        write_card(aside, record, is_adapter=result.is_adapter, title=folder.name)
+        write_card(aside, result.record, is_adapter=result.is_adapter, title=folder.name)
         for path in sorted(aside.iterdir()):
             os.replace(path, folder / path.name)
 
