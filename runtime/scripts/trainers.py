@@ -83,6 +83,7 @@ class _OldNames(_Base):
         if model.device.type == "cpu" and (config.bf16 or config.fp16):
             explain_once("bf16, fp16", f"on a CPU the model is trained in its own precision, {model.dtype}")
             config.bf16 = config.fp16 = False
+            config.mixed_precision = "no"  # what the two were made of when it was built
 
 
 class UnslothTrainer(_OldNames, SFTTrainer):
