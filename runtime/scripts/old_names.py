@@ -106,8 +106,15 @@ def with_old_names(config: type) -> type:
             settings.setdefault("use_cpu", True)
         config.__init__(self, *args, **renamed(settings, fields_of(config)))
 
-    namespace = {"__init__": __init__, "__module__": config.__module__, "__qualname__": config.__qualname__}
-    return type(config.__name__, (config,), namespace)
+    def __reduce__(self: Any) -> Any:  # copied and pickled as what it is made of: nobody finds this class by its name
+        return _blank, (config,), self.__dict__
+
+    namespace = {"__init__": __init__, "__reduce__": __reduce__, "__module__": config.__module__}
+    return type(config.__name__, (config,), {**namespace, "__qualname__": config.__qualname__})
+
+
+def _blank(config: type) -> Any:
+    return object.__new__(config)
 
 
 @functools.cache
@@ -147,7 +154,7 @@ def _is_marked(cls: type, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
 
 
 def _is_old(config: Any, given: dict[str, Any]) -> bool:
-    return _without_gpu() or not (OLD & given.keys()) <= fields_of(config)
+    return (_without_gpu() and "use_cpu" not in given) or not (OLD & given.keys()) <= fields_of(config)
 
 
 def _without_gpu() -> bool:
