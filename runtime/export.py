@@ -151,7 +151,10 @@ def save(
         if format == "adapter":
             if not hasattr(model, "peft_config"):
                 raise ModelError("the model has no adapter; merged writes all of it")
-            model.save_pretrained(str(staged))
+            active = model.active_adapter
+            if active != "default":  # PEFT makes it the name of a folder
+                inside(staged, active)
+            model.save_pretrained(str(staged), selected_adapters=[active])
             weights = ["adapter_model.safetensors"]
         elif format == "gguf":
             if tokenizer is None:
@@ -189,8 +192,11 @@ def _write_merged(result: Merged, folder: Path, max_shard_bytes: int) -> list[st
     names = write_safetensors(folder, result.weights, max_shard_bytes=max_shard_bytes)
     result.config.architectures = [type(result.base).__name__]
     result.config.save_pretrained(folder)
-    if getattr(result.base, "generation_config", None) is not None:
-        result.base.generation_config.save_pretrained(folder)
+    try:
+        if getattr(result.base, "generation_config", None) is not None:
+            result.base.generation_config.save_pretrained(folder)
+    except ValueError as error:  # of settings that contradict each other, as old checkpoints have them
+        logger.warning("generation_config.json is left out: %s", str(error).splitlines()[0])
     return names
 
 
@@ -217,7 +223,7 @@ def _copy_adapter(source: Source, output_dir: Path) -> Exported:
         found = {p.name: p for pattern in (*_ADAPTER, *_BESIDE) for p in source.files.glob(pattern) if p.is_file()}
         for name, path in sorted(found.items()):
             if name != checkpoints.MANIFEST:
-                shutil.copyfile(path, inside(staged, name))
+                shutil.copyfile(path, staged / name)
         shown = {name: config[name] for name in ("r", "lora_alpha", "target_modules", "use_dora") if name in config}
         card = model_card(
             title=file_name(output_dir.name),

@@ -102,8 +102,8 @@ def with_old_names(config: type) -> type:
     """A subclass of a configuration that takes old names as well, and a machine without a GPU as it is."""
 
     def __init__(self: Any, *args: Any, **settings: Any) -> None:
-        if _without_gpu():
-            settings.setdefault("use_cpu", True)
+        if _needs_cpu(config, settings):
+            settings["use_cpu"] = True
         config.__init__(self, *args, **renamed(settings, fields_of(config)))
 
     def __reduce__(self: Any) -> Any:  # copied and pickled as what it is made of: nobody finds this class by its name
@@ -123,18 +123,18 @@ def install() -> None:
     import trl
 
     from ..preferences import ORPOConfig, _ORPOTrainer
-    from .trainers import TrainerOf
+    from .trainers import OURS
 
     for name, value in (("ORPOTrainer", _ORPOTrainer), ("ORPOConfig", ORPOConfig)):
         if not hasattr(trl, name):
             setattr(trl, name, value)  # where TRL has moved them, scripts do not look
-    for theirs, ours in TrainerOf.items():
+    for theirs, ours in OURS.items():
         _give_new(theirs, lambda cls, args, given, ours=ours: ours if _is_marked(cls, args, given) else None)
     for config in (trl.SFTConfig, trl.DPOConfig, ORPOConfig, TrainingArguments):
         _give_new(config, lambda cls, args, given: with_old_names(cls) if _is_old(cls, given) else None)
     shims.declare(
         "trl",
-        f"{', '.join(c.__name__ for c in TrainerOf)} of a model from FastLanguageModel are compiled and take the names "
+        f"{', '.join(c.__name__ for c in OURS)} of a model from FastLanguageModel are compiled and take the names "
         "of earlier versions (tokenizer, max_seq_length, dataset_text_field, packing, …), as their configurations do",
     )
 
@@ -154,12 +154,18 @@ def _is_marked(cls: type, args: tuple[Any, ...], given: dict[str, Any]) -> bool:
 
 
 def _is_old(config: Any, given: dict[str, Any]) -> bool:
-    return (_without_gpu() and "use_cpu" not in given) or not (OLD & given.keys()) <= fields_of(config)
+    return _needs_cpu(config, given) or not (OLD & given.keys()) <= fields_of(config)
 
 
-def _without_gpu() -> bool:
-    """Where configurations refuse bf16, which they ask for by themselves, unless ``use_cpu`` is set."""
-    return not torch.accelerator.is_available()
+def _needs_cpu(config: Any, given: Mapping[str, Any]) -> bool:
+    """Whether half precision is asked for where no GPU is, which is refused unless ``use_cpu`` is set.
+
+    TRL's configurations ask for it by themselves.
+    """
+    if torch.accelerator.is_available() or "use_cpu" in given or "no_cuda" in given:
+        return False
+    bf16 = given.get("bf16", next(f.default for f in dataclasses.fields(config) if f.name == "bf16"))
+    return bool(given.get("fp16")) or bf16 is None or bool(bf16)
 
 
 def positional(function: Callable[..., Any], args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class _Orpo(_OldNames, ORPOTrainer):
     _theirs, _config = _ORPOTrainer, ORPOConfig
 
 
-TrainerOf: dict[type, type] = {trl.SFTTrainer: UnslothTrainer, trl.DPOTrainer: _Dpo, _ORPOTrainer: _Orpo}
+OURS: dict[type, type] = {trl.SFTTrainer: UnslothTrainer, trl.DPOTrainer: _Dpo, _ORPOTrainer: _Orpo}
 """TRL's classes and what they become."""
 
 _RATES = ("embedding_learning_rate", "loraplus_lr_ratio")

@@ -129,6 +129,18 @@ def test_the_adapter_as_it_is(command, adapter, model, tmp_path):
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_adapters_name_is_no_path(model, tmp_path):
+    model.add_adapter("/escape", model.peft_config["default"])
+    model.set_adapter("/escape")
+    try:
+        with pytest.raises(ValueError, match="no name for a file"):
+            export.save(model, None, tmp_path / "out", format="adapter")
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("/escape")
+    assert not any(tmp_path.iterdir())
+
+
 def test_merged_into_4_bits(command, adapter, model, tmp_path):
     code, _, err = command("export", adapter, tmp_path / "out", "--format", "merged-4bit")
     assert code == 0, err
@@ -143,7 +155,7 @@ def test_merged_into_4_bits(command, adapter, model, tmp_path):
     [
         (["--format", "onnx"], "format 'onnx' is none of merged, merged-4bit, adapter, gguf"),
         (["--format", "gguf", "--type", "q4_k_m"], "llama-quantize model.F16.gguf model.Q4_K_M.gguf Q4_K_M"),
-        (["--format", "gguf", "--name", "../escape"], "no name for a file"),
+        (["--format", "gguf", "--name", "/escape"], "no name for a file"),
     ],
 )
 def test_what_is_refused(command, adapter, tmp_path, arguments, message):

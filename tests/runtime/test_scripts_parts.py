@@ -221,6 +221,8 @@ def test_configurations_take_old_names(model, tmp_path):
     assert type(plain) is trl.SFTConfig
     for each in (plain, config):  # as Trainer saves it
         assert pickle.loads(pickle.dumps(each)).output_dir == str(tmp_path)
+    exact: Any = trl.SFTConfig(output_dir=str(tmp_path), bf16=False)
+    assert type(exact) is trl.SFTConfig
     with pytest.raises(TypeError, match="max_seq_len"):
         trl.SFTConfig(output_dir=str(tmp_path), max_seq_len=3)
     arguments: Any = transformers.TrainingArguments(output_dir=str(tmp_path), no_cuda=True, overwrite_output_dir=True)
