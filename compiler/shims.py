@@ -10,6 +10,11 @@ def declare(name: str, what: str) -> None:
     _SHIMS[name] = what
 
 
+def withdraw(name: str) -> None:
+    """Take a change off the record, which is undone."""
+    _SHIMS.pop(name, None)
+
+
 def declared() -> tuple[str, ...]:
     """All of them, a line each."""
     return tuple(f"{name}: {what}" for name, what in _SHIMS.items())

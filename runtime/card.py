@@ -21,7 +21,8 @@ RUN = "run.json"
 _LOADED_BY = {
     "merged": 'model = AutoModelForCausalLM.from_pretrained("{place}")\n'
     'tokenizer = AutoTokenizer.from_pretrained("{place}")',
-    "adapter": 'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")',
+    "adapter": "base = AutoModelForCausalLM.from_pretrained({base})\n"
+    'model = PeftModel.from_pretrained(base, "{place}")',
 }
 _IMPORTS = {
     "merged": "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -131,7 +132,10 @@ def _loading(kind: str, title: str, base: str, files: Sequence[str]) -> list[str
     if kind == "gguf":
         called = [f"llama-cli -m {name}" for name in files]
         return ["```bash", *called, "```", ""]
-    code = _LOADED_BY[kind].format(place=_quoted(title), base=_quoted(base))
+    called = f'"{_quoted(base)}"'
+    if base.endswith(".gguf"):
+        called = f'"its-folder", gguf_file={called}'
+    code = _LOADED_BY[kind].format(place=_quoted(title), base=called)
     return ["```python", _IMPORTS[kind], "", code, "```", ""]
 
 
@@ -143,6 +147,8 @@ def _table(values: Mapping[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, str) and Path(value).is_absolute():  # where it lay is nobody's business
+        value = Path(value).name
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 300 else text[:299] + "…"
 

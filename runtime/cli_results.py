@@ -29,9 +29,10 @@ def chat(
     from ..models.load import load_model, load_tokenizer
     from .chat import Manner
     from .chat import chat as talk
+    from .quiet import quiet
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with busy(f"loading {model}"):
+    with quiet(), busy(f"loading {model}"):
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
         subject = load_model(
             model,
@@ -62,9 +63,10 @@ def export(
     import torch
 
     from .export import export as write
+    from .quiet import quiet
 
     types = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
-    with busy(f"exporting {model}"):
+    with quiet(), busy(f"exporting {model}"):
         written = write(
             model,
             output_dir,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import trl
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 from ..compiler.explain import Explanation
 from ..models.adapters import add_lora
@@ -33,6 +28,7 @@ from .data import Data, DataError, Templates, is_conversational, load_data
 from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
+from .quiet import quiet
 from .trainer import SFTTrainer
 
 REFERENCE = "ref"
@@ -102,7 +98,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM (143), when a checkpoint is written.
     """
     console = console or Console(stderr=True)
-    with _quiet():
+    with quiet():
         return _train(config, console)
 
 
@@ -350,25 +346,3 @@ def _save(trainer: Any, result: TrainResult) -> None:
         write_card(aside, result.record, is_adapter=result.is_adapter, title=folder.name)
         for path in sorted(aside.iterdir()):
             os.replace(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the libraries' own bars and notes: a run says what it does in one place."""
-    verbosity, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    had_bars = not datasets.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of TRL to transformers, about names that we do not use
-            warnings.filterwarnings("ignore", module="openpyxl")  # of what it leaves out of a sheet, such as its look
-            warnings.filterwarnings("ignore", "Could not find a config file in")  # of PEFT, which looks beside a GGUF
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bar:
-            transformers_logging.enable_progress_bar()
-        if had_bars:
-            datasets.enable_progress_bars()

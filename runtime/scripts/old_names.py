@@ -54,6 +54,8 @@ GONE = {
 OLD = {*RENAMED, *GONE, "warmup_ratio", "group_by_length"}
 
 _explained: set[str] = set()
+_changed: list[type] = []
+_added: list[str] = []
 
 
 def explain_once(name: str, why: str) -> None:
@@ -127,6 +129,7 @@ def install() -> None:
 
     for name, value in (("ORPOTrainer", _ORPOTrainer), ("ORPOConfig", ORPOConfig)):
         if not hasattr(trl, name):
+            _added.append(name)
             setattr(trl, name, value)  # where TRL has moved them, scripts do not look
     for theirs, ours in OURS.items():
         _give_new(theirs, lambda cls, args, given, ours=ours: ours if _is_marked(cls, args, given) else None)
@@ -139,6 +142,20 @@ def install() -> None:
     )
 
 
+def uninstall() -> None:
+    """Give the classes back as they were."""
+    import trl
+
+    for cls in _changed:
+        del cls.__new__  # pyright: ignore[reportAttributeAccessIssue]
+    for name in _added:
+        delattr(trl, name)
+    _changed.clear()
+    _added.clear()
+    install.cache_clear()
+    shims.withdraw("trl")
+
+
 def _give_new(cls: type, choose: Callable[[type, tuple[Any, ...], dict[str, Any]], type | None]) -> None:
     def __new__(asked: type, *args: Any, **given: Any) -> Any:
         # A class of somebody's own, derived from this one, is what it says.
@@ -146,6 +163,7 @@ def _give_new(cls: type, choose: Callable[[type, tuple[Any, ...], dict[str, Any]
         return object.__new__(asked if chosen is None else chosen)
 
     cls.__new__ = staticmethod(__new__)
+    _changed.append(cls)
 
 
 def _is_marked(cls: type, args: tuple[Any, ...], given: dict[str, Any]) -> bool:

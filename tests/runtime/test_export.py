@@ -212,6 +212,13 @@ def test_fewer_shards_replace_more(model, tokenizer, tmp_path):
     assert close(logits(again.eval()), logits(model), 2e-2)
 
 
+def test_a_card_says_how_to_load_and_not_where_it_lay():
+    run = {"settings": {"model_name_or_path": "/home/me/secret/model"}}
+    card = model_card(title="t", base="/home/me/secret/m.Q4_1.gguf", kind="adapter", files=[], run=run)
+    assert 'from_pretrained("its-folder", gguf_file="m.Q4_1.gguf")' in card
+    assert "secret" not in card and "| `model_name_or_path` | `model` |" in card
+
+
 def test_a_card_quotes_what_it_is_told():
     run = {"settings": {"a|b": "x`y\n# not a title"}, "data": ["```\nevil"], "results": {"loss": 1.23456789}}
     card = model_card(title="t\n# x", base="owner/name", kind="merged", files=[], run=run)

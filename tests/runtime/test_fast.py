@@ -22,6 +22,13 @@ CPU = {"device_map": "cpu"}
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _undo():
+    """Other tests of this process have TRL's classes as they were."""
+    yield
+    old_names.uninstall()
+
+
 def test_it_is_exported():
     assert unsloth.FastLanguageModel is FastLanguageModel
     assert "FastLanguageModel" in dir(unsloth)

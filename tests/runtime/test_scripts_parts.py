@@ -35,6 +35,13 @@ from unsloth.runtime.scripts.trainers import UnslothTrainer, UnslothTrainingArgu
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _undo():
+    """Other tests of this process have TRL's classes as they were."""
+    yield
+    old_names.uninstall()
+
+
 @pytest.fixture
 def tokenizer() -> Any:
     return byte_tokenizer()
@@ -203,6 +210,15 @@ def test_trl_trainers_become_ours_for_our_models_only(model, tokenizer, tmp_path
     assert type(Mine(model, args, train_dataset=rows, processing_class=tokenizer)) is Mine
     with pytest.raises(TypeError, match="max_seq_len"):
         trl.SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, max_seq_len=3)
+
+
+def test_everything_is_given_back(model):
+    assert "__new__" in vars(trl.SFTTrainer) and trl.ORPOTrainer is not None
+    old_names.uninstall()
+    assert "__new__" not in {*vars(trl.SFTTrainer), *vars(trl.SFTConfig), *vars(transformers.TrainingArguments)}
+    assert unsloth.compiler.shims.declared() == ()
+    old_names.install()
+    assert "__new__" in vars(trl.SFTTrainer)
 
 
 def test_the_models_length_is_the_default(model, tokenizer):

