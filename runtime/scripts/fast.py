@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from ...models.adapters import add_lora
 from ...models.load import load_model, load_tokenizer
 from ...models.presets import SHAPES
-from ...models.source import ModelError
+from ...models.source import ModelError, locate
 from .old_names import explain_once, install
 from .saving import give_methods
 
@@ -61,8 +62,8 @@ class FastLanguageModel:
         load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
-        device_map: Any = None,
         token: str | bool | None = None,
+        device_map: Any = None,
         trust_remote_code: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
         revision: str | None = None,
@@ -78,7 +79,8 @@ class FastLanguageModel:
             max_seq_length: recorded as ``model.max_seq_length``; positions are not rescaled to reach it.
             dtype: None is bfloat16 where the device computes in it, float16 on older GPUs, float32 on a CPU.
             load_in_4bit: QLoRA: the linear layers of the blocks in NF4. None is what scripts rely on: yes on a GPU,
-                unless another precision or ``full_finetuning`` is asked for or the model is a preset; no on a CPU.
+                unless another precision or ``full_finetuning`` is asked for, the model is a preset, or quantised
+                already; no on a CPU.
             load_in_8bit: in 8 bits instead.
             load_in_16bit: in neither.
             full_finetuning: all parameters are trained, and :meth:`get_peft_model` leaves the model alone. bfloat16
@@ -104,9 +106,10 @@ class FastLanguageModel:
             bits = 4 if load_in_4bit else 8
             raise ModelError(f"{bits}-bit weights cannot be trained: full_finetuning needs load_in_{bits}bit=False")
         device = _one_device(device_map)
-        if load_in_4bit is None:
-            load_in_4bit = device.type == "cuda" and not (asked or full_finetuning or model_name in SHAPES)
         where = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        if load_in_4bit is None:
+            plain = not (asked or full_finetuning or model_name in SHAPES)
+            load_in_4bit = plain and device.type == "cuda" and not _is_quantised(model_name, where)
         tokenizer = load_tokenizer(model_name, **where)
         model = load_model(
             model_name,
@@ -291,6 +294,16 @@ def _one_device(device_map: Any) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(f"there is no device {device_map!r}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _is_quantised(name: str, where: dict[str, Any]) -> bool:
+    """Whether a checkpoint (an adapter's base) says that its weights are quantised."""
+    source = locate(name, **where)
+    while source.adapter:
+        source = locate(source.base_model, token=where["token"], trust_remote_code=where["trust_remote_code"])
+    if source.folder is None or source.gguf:
+        return False  # a GGUF's weights are unpacked while they are read
+    return "quantization_config" in json.loads((source.files / "config.json").read_text(encoding="utf-8"))
 
 
 def _agree(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from contextlib import nullcontext
 
@@ -215,7 +216,7 @@ def test_embedding_and_head_are_trained_whole():
     assert [n for n in trained if "modules_to_save" in n] and not [n for n in trained if "lora_embedding" in n]
 
 
-def test_four_bits_are_what_scripts_rely_on(monkeypatch, checkpoint):
+def test_four_bits_are_what_scripts_rely_on(monkeypatch, checkpoint, tmp_path):
     """On a GPU, unless they ask for something else; tried with the loading itself left out."""
     asked = []
 
@@ -232,7 +233,14 @@ def test_four_bits_are_what_scripts_rely_on(monkeypatch, checkpoint):
     for arguments in ({}, {"load_in_16bit": True}, {"load_in_8bit": True}, {"full_finetuning": True}):
         with pytest.raises(Loaded):
             FastLanguageModel.from_pretrained(str(checkpoint), **arguments)
-    assert asked == ["nf4", None, "int8", None]
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for path in checkpoint.glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(Loaded):
+        FastLanguageModel.from_pretrained(str(tmp_path))
+    assert asked == ["nf4", None, "int8", None, None]
 
 
 def test_first_arguments_stand_where_scripts_expect_them():
