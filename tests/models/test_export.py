@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from unsloth.models import presets
 from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
+from unsloth.models.export import gguf_vocabulary
 from unsloth.models.export.gguf_architectures import interleave
 from unsloth.models.export.gguf_file import check_type, write_gguf
 from unsloth.models.export.merged import merged
@@ -397,3 +398,39 @@ def test_the_tokenizer_comes_back(tmp_path):
     reader = gguf.GGUFReader(tmp_path / "a.gguf")
     assert reader.get_field("tokenizer.ggml.pre").contents() == "smollm"
     assert len(reader.get_field("tokenizer.ggml.tokens").contents()) == 512  # placeholders for rows without a token
+
+
+@pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ([{"type": "ByteLevel"}], "gpt-2"),
+        ([{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}], "smollm"),
+        (
+            [{"type": "Split", "pattern": {"Regex": r"(?i:'s)|\p{L}+|\p{N}{1,3}| ?[^\s]+"}}, {"type": "ByteLevel"}],
+            "llama-bpe",
+        ),
+        ([{"type": "Split", "pattern": {"Regex": r"(?i:'s)|\p{L}+|\p{N}| ?[^\s]+"}}, {"type": "ByteLevel"}], "qwen2"),
+        (
+            [{"type": "Split", "pattern": {"Regex": r"[\p{Lu}]*[\p{Ll}]+|\p{N}| ?[^\s]+"}}, {"type": "ByteLevel"}],
+            "tekken",
+        ),
+        ([{"type": "Whitespace"}], "default"),
+    ],
+)
+def test_how_text_is_split_has_a_name(steps, name, caplog):
+    state = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]}
+    assert gguf_vocabulary._splitting(state) == name
+    assert ("some texts will be encoded otherwise" in caplog.text) == (name == "default")
+
+
+def test_scores_say_the_order_of_merges():
+    """Sentencepiece merges the best pair first: that of the earliest merge."""
+    tokens = ["<unk>", "a", "b", "c", "ab", "bc", "abc"]
+    scores = gguf_vocabulary._scores(tokens, [("b", "c"), ("a", "b"), ("a", "bc")])
+    assert scores[5] > scores[4] > scores[6]
+    assert scores[:4] == [0, 0, 0, 0]
+
+
+def test_mistrals_window_is_warned_of(tmp_path, caplog):
+    write_gguf(tmp_path / "a.gguf", merged(build("mistral", sliding_window=16)), byte_tokenizer(), "f16")
+    assert "no sliding window for Mistral: beyond 16 tokens" in caplog.text
