@@ -13,10 +13,19 @@ if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
     from .models.doctor import Diagnosis
-    from .models.fast import FastLanguageModel
     from .runtime.doctor import doctor
     from .runtime.plan import MemoryPlan, plan
     from .runtime.preferences import DPOTrainer, ORPOTrainer
+    from .runtime.scripts.chats import get_chat_template, standardize_data_formats, standardize_sharegpt, to_sharegpt
+    from .runtime.scripts.fast import (
+        FastLanguageModel,
+        FastModel,
+        PatchDPOTrainer,
+        is_bf16_supported,
+        is_bfloat16_supported,
+    )
+    from .runtime.scripts.responses_only import train_on_responses_only
+    from .runtime.scripts.trainers import UnslothTrainer, UnslothTrainingArguments, unsloth_train
     from .runtime.trainer import SFTTrainer
 
 __version__ = "0.1.0"
@@ -25,13 +34,25 @@ __all__ = [
     "Diagnosis",
     "Explanation",
     "FastLanguageModel",
+    "FastModel",
     "MemoryPlan",
     "ORPOTrainer",
+    "PatchDPOTrainer",
     "SFTTrainer",
+    "UnslothTrainer",
+    "UnslothTrainingArguments",
     "Verification",
     "doctor",
     "explain",
+    "get_chat_template",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
     "plan",
+    "standardize_data_formats",
+    "standardize_sharegpt",
+    "to_sharegpt",
+    "train_on_responses_only",
+    "unsloth_train",
     "verify",
 ]
 
@@ -41,12 +62,25 @@ _HOMES = {
     "doctor": ".runtime.doctor",
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
-    "FastLanguageModel": ".models.fast",
     "MemoryPlan": ".runtime.plan",
     "plan": ".runtime.plan",
     "DPOTrainer": ".runtime.preferences",
     "ORPOTrainer": ".runtime.preferences",
     "SFTTrainer": ".runtime.trainer",
+    # The names that scripts written for Unsloth import.
+    **dict.fromkeys(
+        ("FastLanguageModel", "FastModel", "PatchDPOTrainer", "is_bf16_supported", "is_bfloat16_supported"),
+        ".runtime.scripts.fast",
+    ),
+    **dict.fromkeys(
+        ("get_chat_template", "standardize_data_formats", "standardize_sharegpt", "to_sharegpt"),
+        ".runtime.scripts.chats",
+    ),
+    "train_on_responses_only": ".runtime.scripts.responses_only",
+    **dict.fromkeys(
+        ("UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"),
+        ".runtime.scripts.trainers",
+    ),
     "verify": ".compiler.verify",
     "Verification": ".compiler.verify",
 }

@@ -17,6 +17,7 @@ from .coverage import LEFT, Coverage, Place, Share
 from .options import Options
 from .report import GraphReport
 from .run import compiled, loss_of, undisturbed
+from .shims import declared
 from .stages import stopwatch
 
 # What names of operators have in common that are of a family. A linear layer needs no reason, and there is one loss.
@@ -49,12 +50,14 @@ class Explanation:
         graphs: a report per graph that Dynamo made.
         breaks: graph breaks, with what to do about each.
         stages: seconds by stage of the compilation, as PyTorch's own timers have them.
+        shims: what this process has changed in other libraries.
     """
 
     model: str
     graphs: Sequence[GraphReport] = ()
     breaks: tuple[Break, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
+    shims: tuple[str, ...] = field(default_factory=declared)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -148,6 +151,7 @@ class Explanation:
             "memory": [str(plan) for plan in self.plans],
             "masks": [asdict(m) for m in self.masks],
             "troubles": self.troubles,
+            "shims": list(self.shims),
             "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
         }
 
@@ -236,6 +240,7 @@ def _lines(e: Explanation) -> list[str]:
         lines += [f"{'failed':<12}pass {p.name}: {p.error}" for p in graph.passes if p.error]
     for found in e.breaks:
         lines += [f"{'break':<12}{found}", f"{'':<12}→ {found.remedy}"]
+    lines += [f"{'shim':<12}{shim}" for shim in e.shims]
     lines.append(f"{'time':<12}{', '.join(f'{name} {s:.2f} s' for name, s in e.seconds.items())}")
     return lines
 

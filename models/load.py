@@ -30,6 +30,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    attn_implementation: str | None = None,
     random_weights: bool = False,
 ) -> nn.Module:
     """Load a model for training, in training mode.
@@ -48,6 +49,7 @@ def load_model(
         trust_remote_code: run the Python code that a checkpoint brings along. Never on unless asked for.
         revision: branch, tag or commit on the hub.
         token: for private and gated hub repositories.
+        attn_implementation: "sdpa", "eager", …; None is transformers' own choice.
         random_weights: accept a folder with a configuration and no weights, and make them up.
 
     Returns:
@@ -61,17 +63,24 @@ def load_model(
     source = locate(name, gguf_file=gguf_file, trust_remote_code=trust_remote_code, revision=revision, token=token)
     settings: dict[str, Any] = {"dtype": dtype, "device": torch.device(device), "quantise": quantise}
     if source.adapter:
-        base = load_model(source.base_model, **settings, trust_remote_code=trust_remote_code, token=token)
+        base = load_model(
+            source.base_model,
+            **settings,
+            trust_remote_code=trust_remote_code,
+            token=token,
+            attn_implementation=attn_implementation,
+        )
         return load_adapter(base, source)
+    chosen: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with explained(name):
         if source.folder is None:
-            model = presets.build(name, dtype=dtype, device=device)
+            model = presets.build(name, dtype=dtype, device=device, **chosen)
         elif source.gguf:
-            model = _from_gguf(source, dtype, torch.device(device))
+            model = _from_gguf(source, dtype, torch.device(device), **chosen)
         elif random_weights and missing_weights(source.folder) == ["model.safetensors"] and not pickles(source.folder):
-            model = _from_config(source, dtype, torch.device(device), trust_remote_code)
+            model = _from_config(source, dtype, torch.device(device), trust_remote_code, **chosen)
         else:
-            model = _from_folder(source, **settings, trust_remote_code=trust_remote_code)
+            model = _from_folder(source, **settings, trust_remote_code=trust_remote_code, **chosen)
         if quantise and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
             from .quantise import quantise_int8, quantise_nf4
 
@@ -109,6 +118,7 @@ def _from_folder(
     device: torch.device,
     quantise: str | None,
     trust_remote_code: bool,
+    **chosen: Any,
 ) -> PreTrainedModel:
     missing = missing_weights(source.files)
     if missing and (unsafe := pickles(source.files)):
@@ -120,7 +130,7 @@ def _from_folder(
     if missing:
         raise ModelError(f"{source.name!r} lacks weights: {', '.join(missing)}")
     config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(chosen)
     if method := getattr(config, "quantization_config", None):
         method = method if isinstance(method, dict) else method.to_dict()
         if quantise and not method.get("load_in_4bit" if quantise == "nf4" else "load_in_8bit"):
@@ -148,11 +158,11 @@ def _from_folder(
     return _named(model, source.name)
 
 
-def _from_gguf(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _from_gguf(source: Source, dtype: torch.dtype, device: torch.device, **chosen: Any) -> PreTrainedModel:
     # Left packed, which is the default on devices with a kernel for it, the weights could not be trained.
-    settings = {"gguf_file": source.gguf, "quantization_config": GgufConfig(dequantize=True)}
+    packed = GgufConfig(dequantize=True)
     with _tensor_names_once():
-        model = _complete(source, dtype, device, **settings)
+        model = _complete(source, dtype, device, gguf_file=source.gguf, quantization_config=packed, **chosen)
     # They are ordinary weights now. As a quantised model it could neither be trained nor saved.
     if (quantiser := getattr(model, "hf_quantizer", None)) is not None:
         quantiser.remove_quantization_config(model)
@@ -171,10 +181,12 @@ def _tensor_names_once() -> Iterator[None]:
         gguf.get_tensor_name_map = ask
 
 
-def _from_config(source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+def _from_config(
+    source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, **chosen: Any
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
 
 
 def _complete(source: Source, dtype: torch.dtype, device: torch.device, **settings: Any) -> PreTrainedModel:

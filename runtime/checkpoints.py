@@ -56,16 +56,7 @@ def publish(staged: Path, folder: Path) -> None:
     Raises:
         OSError: when the disk is full or fails; ``folder`` is then as it was.
     """
-    files = {}
-    for path in sorted(p for p in staged.rglob("*") if p.is_file()):
-        files[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
-    manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _flush(manifest)
-    for inner in (p for p in staged.rglob("*") if p.is_dir()):
-        _flush(inner)
-    _flush(staged)
+    _seal(staged)
     before = folder.with_name(_REPLACED + folder.name)
     if folder.exists():
         os.rename(folder, before)
@@ -77,6 +68,38 @@ def publish(staged: Path, folder: Path) -> None:
         raise
     _flush(folder.parent)
     _remove(before)
+
+
+def install(staged: Path, folder: Path) -> None:
+    """Put a filled folder's files into a folder that may hold others, which stay.
+
+    A folder that is not there yet appears all at once, as with :func:`publish`. Into one that is there, files move one
+    by one, the manifest last: while it is missing, or does not fit, the files are not whole, and :func:`damage` says
+    so. A file that the last manifest lists and this one does not (a shard of a larger model) is removed.
+
+    Raises:
+        OSError: when the disk is full or fails. Before the first file has moved, ``folder`` is as it was.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        if folder.exists():
+            folder.rmdir()
+        publish(staged, folder)
+        return
+    _seal(staged)
+    manifest = folder / MANIFEST
+    try:
+        before = set(_listed(manifest)) if manifest.is_file() else set()
+    except ValueError:  # somebody else's
+        before = set()
+    manifest.unlink(missing_ok=True)
+    files = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
+    for name in sorted(files, key=lambda name: name.as_posix() == MANIFEST):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / name, folder / name)
+    for name in before - {name.as_posix() for name in files}:
+        (folder / name).unlink(missing_ok=True)
+    _flush(folder)
+    discard(staged)
 
 
 def discard(staged: Path) -> None:
@@ -178,6 +201,20 @@ def newest_whole(output_dir: Path, named: Path | None = None) -> tuple[Path, lis
     if not notes:
         raise CheckpointError(f"there is no checkpoint in {output_dir} to resume from")
     raise CheckpointError("no checkpoint to resume from is whole:\n" + "\n".join(notes))
+
+
+def _seal(staged: Path) -> None:
+    """Have everything in a folder on the disk, and written down in its manifest."""
+    files = {}
+    for path in sorted(p for p in staged.rglob("*") if p.is_file()):
+        files[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _flush(path)
+    manifest = staged / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
+    _flush(manifest)
+    for inner in (p for p in staged.rglob("*") if p.is_dir()):
+        _flush(inner)
+    _flush(staged)
 
 
 def _listed(manifest: Path) -> dict[str, dict[str, Any]]:

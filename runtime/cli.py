@@ -1,4 +1,4 @@
-"""The command line: ``unsloth train``, ``doctor``, ``explain``, …, ``env``. It prints what the functions return.
+"""The command line: ``unsloth train``, ``doctor``, ``chat``, ``export``, … It prints what the functions return.
 
 Exit codes: 0 done; 1 the answer is no (``verify``, ``plan``, ``doctor``), or the work failed; 2 the question was wrong;
 130 interrupted; 143 terminated.
@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 the answer is no (``verify``, ``plan``, ``doctor``), or th
 
 from __future__ import annotations
 
-import enum
 import platform
 import shutil
 import sys
@@ -20,6 +19,8 @@ import typer
 from rich.console import Console
 
 from .. import __version__
+from .cli_arguments import Batch, Device, DType, Dtype, Lora, Model, Packed, Padded, Remote, Seq, Setting, busy, show
+from .cli_results import chat, export
 from .doctor_command import doctor
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, which `--help` should not
@@ -34,37 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class DType(enum.StrEnum):
-    """Precision of the weights."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A preset with random weights (tiny-llama, llama-1b, …), a folder with config.json, or a hub id.",
-    ),
-]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences in the batch.")]
-Seq = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
-Lora = Annotated[bool, typer.Option(help="Freeze the model and train LoRA adapters on every linear layer (PEFT).")]
-Dtype = Annotated[DType | None, typer.Option(help="Precision of the weights (default: bf16 on a GPU, else fp32).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … (default: the GPU, if there is one).")]
-Setting = Annotated[
-    list[str] | None,
-    typer.Option("--option", "-o", metavar="NAME=VALUE", help="An option of the backend, such as disable=rms_norm."),
-]
-Packed = Annotated[
-    bool, typer.Option("--packed", help="The sequences as documents of one row: position ids restart, no mask.")
-]
-Padded = Annotated[bool, typer.Option("--padded", help="Sequences of different lengths, padded on the right.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings along.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -92,7 +62,7 @@ def train(
     from .config import parse_flags, read_config
 
     if settings:
-        _print(_settings())
+        show(_settings())
         return
     words = list(context.args)
     if config is not None and str(config).startswith("--"):  # no file: the first flag landed in its place
@@ -101,14 +71,14 @@ def train(
     if dry_run:
         from .dry_run import dry_run as resolve
 
-        _print(resolve(resolved))
+        show(resolve(resolved))
         return
     from .train import train as run
 
     console = Console(stderr=True)
     result = run(resolved, console=console)
-    _print(result.explanation)
-    _print(result)
+    show(result.explanation)
+    show(result)
 
 
 @app.command()
@@ -132,9 +102,9 @@ def explain(
     subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
     from ..compiler.explain import explain as ask
 
-    with _busy(f"tracing {model}"):
+    with busy(f"tracing {model}"):
         explanation = ask(subject, shaped(inputs), options=options)
-    _print(explanation)
+    show(explanation)
     for path, write in ((html, "to_html"), (json, "to_json")):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +130,9 @@ def verify(
     subject, inputs = _subject(model, batch, seq, lora, dtype, device, trust_remote_code)
     from ..compiler.verify import verify as ask
 
-    with _busy(f"compiling {model} and comparing it with eager"):
+    with busy(f"compiling {model} and comparing it with eager"):
         verification = ask(subject, shaped(inputs), options=options)
-    _print(verification)
+    show(verification)
     if not verification.ok:
         raise typer.Exit(FAILED)
 
@@ -187,7 +157,7 @@ def plan(
 
     from .plan import plan as ask
 
-    with _busy(f"tracing {model}"):
+    with busy(f"tracing {model}"):
         found = ask(
             model,
             batch=batch,
@@ -198,7 +168,7 @@ def plan(
             lora_r=lora_r or None,
             quantization=quantization,  # pyright: ignore[reportArgumentType]  checked there
         )
-    _print(found)
+    show(found)
     for path, write in ((png, found.draw), (json, lambda p: p.write_text(dumps(found.to_dict(), indent=1)))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +177,8 @@ def plan(
         raise typer.Exit(FAILED)
 
 
+app.command()(chat)
+app.command()(export)
 app.command()(doctor)
 
 
@@ -228,7 +200,7 @@ def env() -> None:
     else:
         rows["device"] = "cpu (torch sees no GPU)"
     rows["compiler"] = shutil.which("g++") or shutil.which("clang++") or "none: Inductor needs a C++ compiler"
-    _print("\n".join(f"{name:<14}{value}" for name, value in rows.items()))
+    show("\n".join(f"{name:<14}{value}" for name, value in rows.items()))
 
 
 def main() -> None:
@@ -295,15 +267,6 @@ def _settings() -> str:
     return "\n".join(lines)
 
 
-def _print(result: Any) -> None:
-    # Tables keep their columns: no wrapping, and nothing in a module's path is markup.
-    Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
-
-
-def _busy(what: str) -> Any:
-    return Console(stderr=True).status(what)
-
-
 def _subject(
     name: str, batch: int, seq: int, lora: bool, dtype: DType | None, device: str | None, trust_remote_code: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -320,7 +283,7 @@ def _subject(
         raise ModelError(f"no device {place!r}: {str(error).splitlines()[0]}") from error
     types = {DType.fp32: torch.float32, DType.bf16: torch.bfloat16, DType.fp16: torch.float16}
     precision = types[dtype or (DType.fp32 if kind == "cpu" else DType.bf16)]
-    with _busy(f"loading {name}"):
+    with busy(f"loading {name}"):
         model = load(name, dtype=precision, device=place, trust_remote_code=trust_remote_code)
         subject = with_lora(model) if lora else model
     return subject, random_batch(model, batch, seq)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import trl
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 from ..compiler.explain import Explanation
 from ..models.adapters import add_lora
 from ..models.load import load_model, load_tokenizer
 from . import checkpoints, responses
+from .card import run_record, write_card
 from .chat_templates import chat_template
 from .config import TrainConfig
 from .curves import plot_loss
@@ -33,6 +29,7 @@ from .doctor import before_training, report
 from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
+from .quiet import quiet
 from .trainer import SFTTrainer
 
 REFERENCE = "ref"
@@ -57,6 +54,7 @@ class TrainResult:
         answers: what the model said to ``sample_prompt`` before and after; None without one.
         history: the trainer's log.
         explanation: what the compiler recognised.
+        record: what the model card says of the run.
     """
 
     output_dir: Path
@@ -69,6 +67,7 @@ class TrainResult:
     explanation: Explanation
     history: list[dict[str, Any]] = field(repr=False)
     is_adapter: bool = True
+    record: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         rate = f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else "no rate: one step only"
@@ -101,7 +100,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
         KeyboardInterrupt, SystemExit: after SIGINT and SIGTERM (143), when a checkpoint is written.
     """
     console = console or Console(stderr=True)
-    with _quiet():
+    with quiet():
         return _train(config, console)
 
 
@@ -176,6 +175,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         history=[*history, *trainer.state.log_history],
         is_adapter=config.use_peft,
     )
+    result.record = run_record(config, data, result)
     try:
         _save(trainer, result)
     except OSError as error:
@@ -347,27 +347,6 @@ def _save(trainer: Any, result: TrainResult) -> None:
         shutil.rmtree(aside / REFERENCE, ignore_errors=True)  # the adapter that DPO started from, if from one
         (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
         plot_loss(result.history, aside / "loss.png")
+        write_card(aside, result.record, is_adapter=result.is_adapter, title=folder.name)
         for path in sorted(aside.iterdir()):
             os.replace(path, folder / path.name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out the libraries' own bars and notes: a run says what it does in one place."""
-    verbosity, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    had_bars = not datasets.are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of TRL to transformers, about names that we do not use
-            warnings.filterwarnings("ignore", module="openpyxl")  # of what it leaves out of a sheet, such as its look
-            warnings.filterwarnings("ignore", "Could not find a config file in")  # of PEFT, which looks beside a GGUF
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bar:
-            transformers_logging.enable_progress_bar()
-        if had_bars:
-            datasets.enable_progress_bars()

@@ -1,14 +1,15 @@
-"""``FastLanguageModel``: the loading calls of scripts that were written for the Unsloth library.
+"""``FastLanguageModel`` and ``FastModel``: the calls of scripts that were written for the Unsloth library.
 
-The names are those of its public interface; behind them stand ordinary transformers and PEFT models. Nothing is
-patched, and nothing is fast yet: speed comes from compiling the step, as ``torch.compile(model, backend="unsloth")``
-and the trainers in :mod:`unsloth.runtime` do.
+The names are those of its public interface; behind them stand ordinary transformers and PEFT models, which get the
+methods of :mod:`.saving`. :meth:`FastLanguageModel.from_pretrained` installs the names of arguments that TRL's trainers
+had (:mod:`.old_names`), through which they compile the step; the model itself is not patched.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,26 +19,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .adapters import add_lora
-from .load import load_model, load_tokenizer
-from .source import ModelError
+from ...models.adapters import add_lora
+from ...models.load import load_model, load_tokenizer
+from ...models.presets import SHAPES
+from ...models.source import ModelError, locate
+from .old_names import explain_once, install
+from .saving import give_methods
 
 logger = logging.getLogger(__name__)
 
 # What that interface also takes and this one does not do: accepted at the value that asks for nothing.
-_NEUTRAL_LOADING = {
-    "fast_inference": False,
-    "fix_tokenizer": True,
-    "resize_model_vocab": None,
-    "rope_scaling": None,
-}
+_NEUTRAL_LOADING = {"resize_model_vocab": None, "rope_scaling": None, "quantization_config": None, "qat_scheme": None}
 _NEUTRAL_ADAPTING = {"layers_pattern": None, "loftq_config": {}, "qat_scheme": None, "target_parameters": None}
-# Accepted at any value: 16 bits are what is loaded anyway, nothing is drawn while weights are read, and the others are
-# settings of an inference engine that is not there.
+# Accepted at any value, and explained once.
+_ENGINE = "no inference engine is started; generation is transformers' own, and training does not need it"
 _WITHOUT_EFFECT = {
-    *("load_in_16bit", "random_state"),
-    *("disable_log_stats", "float8_kv_cache", "gpu_memory_utilization", "max_lora_rank"),
+    **dict.fromkeys(("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache"), _ENGINE),
+    **dict.fromkeys(("disable_log_stats", "unsloth_vllm_standby", "fast_inference_kwargs"), _ENGINE),
+    "random_state": "nothing is drawn while weights are read; get_peft_model has a random_state",
+    "fix_tokenizer": "load_tokenizer sees to it that padding is not EOS",
+    "use_exact_model_name": "the name is taken as it is given",
+    "offload_embedding": "left to the memory planner",
+    "unsloth_tiled_mlp": "left to the memory planner",
+    "temporary_location": "nothing is spilled to the disk",
+    "return_logits": "logits are there where they are asked for: options={'logits': 'keep'}",
+    "auto_model": "the configuration says which class it is",
+    "text_only": "a causal language model is what is loaded",
 }
+_SET_ASIDE = "_unsloth_compiled_call"
+_PARTS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "experts")}
 
 
 class FastLanguageModel:
@@ -48,15 +58,17 @@ class FastLanguageModel:
         model_name: str,
         max_seq_length: int = 2048,
         dtype: torch.dtype | str | None = None,
-        load_in_4bit: bool = False,
+        load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
+        load_in_16bit: bool = False,
         full_finetuning: bool = False,
-        device_map: Any = None,
         token: str | bool | None = None,
+        device_map: Any = None,
         trust_remote_code: bool = False,
         use_gradient_checkpointing: bool | str = "unsloth",
         revision: str | None = None,
         gguf_file: str | None = None,
+        attn_implementation: str | None = None,
         **others: Any,
     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer, ready for :meth:`get_peft_model` or for training all parameters.
@@ -66,14 +78,18 @@ class FastLanguageModel:
                 :func:`~unsloth.models.load.load_model` takes it.
             max_seq_length: recorded as ``model.max_seq_length``; positions are not rescaled to reach it.
             dtype: None is bfloat16 where the device computes in it, float16 on older GPUs, float32 on a CPU.
-            load_in_4bit: QLoRA: the linear layers of the blocks in NF4.
+            load_in_4bit: QLoRA: the linear layers of the blocks in NF4. None is what scripts rely on: yes on a GPU,
+                unless another precision or ``full_finetuning`` is asked for, the model is a preset, or quantised
+                already; no on a CPU.
             load_in_8bit: in 8 bits instead.
+            load_in_16bit: in neither.
             full_finetuning: all parameters are trained, and :meth:`get_peft_model` leaves the model alone. bfloat16
                 rounds small updates away: with ``dtype=torch.float32`` and the trainer's ``bf16=True`` it does not.
             device_map: None, "auto" and "sequential" are this process's GPU, or the CPU where there is none; otherwise
                 one device. A model is not spread over several.
             use_gradient_checkpointing: recorded and left to the memory planner, which decides what is recomputed.
-            token, trust_remote_code, revision, gguf_file: as :func:`~unsloth.models.load.load_model` takes them.
+            token, trust_remote_code, revision, gguf_file, attn_implementation: as
+                :func:`~unsloth.models.load.load_model` takes them.
 
         Returns:
             the model, in training mode, and its tokenizer.
@@ -83,21 +99,27 @@ class FastLanguageModel:
             TypeError: for an argument that does not exist or asks for what is not there.
         """
         _refuse(others, _NEUTRAL_LOADING, FastLanguageModel.from_pretrained)
-        if load_in_4bit and load_in_8bit:
-            raise ModelError("load_in_4bit and load_in_8bit cannot both be True")
+        asked = [f"load_in_{n}bit" for n, on in ((4, load_in_4bit), (8, load_in_8bit), (16, load_in_16bit)) if on]
+        if len(asked) > 1:
+            raise ModelError(f"{' and '.join(asked)} cannot both be True")
         if (load_in_4bit or load_in_8bit) and full_finetuning:
             bits = 4 if load_in_4bit else 8
             raise ModelError(f"{bits}-bit weights cannot be trained: full_finetuning needs load_in_{bits}bit=False")
         device = _one_device(device_map)
         where = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code, "revision": revision, "token": token}
+        if load_in_4bit is None:
+            plain = not (asked or full_finetuning or model_name in SHAPES)
+            load_in_4bit = plain and device.type == "cuda" and not _is_quantised(model_name, where)
         tokenizer = load_tokenizer(model_name, **where)
         model = load_model(
             model_name,
             dtype=_dtype(dtype, device),
             device=device,
             quantise="nf4" if load_in_4bit else "int8" if load_in_8bit else None,
+            attn_implementation=attn_implementation,
             **where,
         )
+        install()
         _agree(model, tokenizer, model_name)
         _check_length(model, max_seq_length, model_name)
         return _noted(
@@ -122,14 +144,16 @@ class FastLanguageModel:
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
         autocast_adapter_dtype: bool = True,
         **others: Any,
     ) -> nn.Module:
         """Freeze the model and put LoRA adapters on it; see :func:`~unsloth.models.adapters.add_lora`.
 
         Args:
-            r, lora_alpha, lora_dropout, bias, use_rslora, layers_to_transform, init_lora_weights: as in PEFT.
-            target_modules: names of layers, "lm_head" among them if wanted, or "all-linear" for every one but that.
+            r, lora_alpha, lora_dropout, bias, use_rslora, use_dora, layers_to_transform, init_lora_weights: as in PEFT.
+            target_modules: names of layers, or "all-linear" for every linear one but the head. "embed_tokens" and
+                "lm_head" among them are trained whole, as ``modules_to_save``.
             modules_to_save: layers that are trained whole and saved with the adapter.
             use_gradient_checkpointing: recorded and left to the memory planner.
             random_state: seed of the adapters' start.
@@ -144,6 +168,11 @@ class FastLanguageModel:
         if getattr(model, "full_finetuning", False):
             logger.warning("the model was loaded with full_finetuning=True: it gets no adapters")
             return model
+        if not isinstance(target_modules, str):
+            # By these names such scripts train the whole layers.
+            whole = [name for name in target_modules if name in ("embed_tokens", "lm_head")]
+            target_modules = [name for name in target_modules if name not in whole]
+            modules_to_save = [*dict.fromkeys([*(modules_to_save or ()), *whole])] or None
         adapted = add_lora(
             model,
             rank=r,
@@ -157,6 +186,7 @@ class FastLanguageModel:
             layers_to_transform=layers_to_transform,
             modules_to_save=modules_to_save,
             init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
         )
         length = getattr(model, "max_seq_length", None) if max_seq_length is None else max_seq_length
         return _noted(adapted, max_seq_length=length, use_gradient_checkpointing=use_gradient_checkpointing)
@@ -164,12 +194,69 @@ class FastLanguageModel:
     @staticmethod
     def for_training(model: nn.Module, use_gradient_checkpointing: bool | str = "unsloth") -> nn.Module:
         """``model.train()``; checkpointing is recorded and left to the memory planner."""
+        for module in model.modules():
+            if (compiled := module.__dict__.pop(_SET_ASIDE, None)) is not None:
+                module._compiled_call_impl = compiled
         return _noted(model.train(), use_gradient_checkpointing=use_gradient_checkpointing)
 
     @staticmethod
     def for_inference(model: nn.Module) -> nn.Module:
-        """``model.eval()``: dropout off. Generation is transformers' own."""
+        """``model.eval()``: dropout off. Generation is transformers' own, and runs uncompiled.
+
+        A body that a trainer has compiled in place would be compiled again for the length of every answer.
+        """
+        for module in model.modules():
+            if (compiled := module._compiled_call_impl) is not None:
+                module.__dict__[_SET_ASIDE], module._compiled_call_impl = compiled, None
         return model.eval()
+
+
+class FastModel(FastLanguageModel):
+    """:class:`FastLanguageModel` with the arguments that say which parts of a model get adapters."""
+
+    @staticmethod
+    def get_peft_model(  # pyright: ignore[reportIncompatibleMethodOverride]
+        model: nn.Module,
+        r: int = 16,
+        target_modules: str | Sequence[str] | None = None,
+        *args: Any,
+        finetune_vision_layers: bool = True,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
+        **settings: Any,
+    ) -> nn.Module:
+        """As there.
+
+        Args:
+            finetune_attention_modules, finetune_mlp_modules: False leaves those layers without adapters.
+            finetune_language_layers, finetune_vision_layers: likewise of a vision model; a language model has the
+                former only.
+
+        Raises:
+            ModelError: when nothing is left to train.
+        """
+        if not (finetune_language_layers and (finetune_attention_modules or finetune_mlp_modules)):
+            raise ModelError("the finetune_ arguments leave nothing to train")
+        if target_modules in (None, "all-linear"):
+            target_modules = "all-linear"
+            without = "mlp" if not finetune_mlp_modules else "attention" if not finetune_attention_modules else None
+            if without is not None:
+                target_modules = _layers_without(model, _PARTS[without])
+        return FastLanguageModel.get_peft_model(model, r, target_modules, *args, **settings)
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether this machine computes in bfloat16: GPUs since Ampere do, and CPUs."""
+    return default_dtype("cuda") == torch.bfloat16 if torch.cuda.is_available() else True
+
+
+is_bf16_supported = is_bfloat16_supported
+
+
+def PatchDPOTrainer() -> None:
+    """What :meth:`FastLanguageModel.from_pretrained` does as well; scripts call it first."""
+    install()
 
 
 def default_dtype(device: str | torch.device) -> torch.dtype:
@@ -209,6 +296,16 @@ def _one_device(device_map: Any) -> torch.device:
     return device
 
 
+def _is_quantised(name: str, where: dict[str, Any]) -> bool:
+    """Whether a checkpoint (an adapter's base) says that its weights are quantised."""
+    source = locate(name, **where)
+    while source.adapter:
+        source = locate(source.base_model, token=where["token"], trust_remote_code=where["trust_remote_code"])
+    if source.folder is None or source.gguf:
+        return False  # a GGUF's weights are unpacked while they are read
+    return "quantization_config" in json.loads((source.files / "config.json").read_text(encoding="utf-8"))
+
+
 def _agree(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """One vocabulary and one padding token for model and tokenizer."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -231,17 +328,35 @@ def _check_length(model: Any, length: int, name: str) -> None:
 
 
 def _noted(model: nn.Module, **settings: Any) -> nn.Module:
-    """Keep settings where those scripts look for them: on the model, as attributes."""
+    """Keep settings where those scripts look for them, on the model as attributes; and the methods for saving."""
     for name, value in settings.items():
         setattr(model, name, value)
-    return model
+    return give_methods(model)
+
+
+def _layers_without(model: nn.Module, words: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that are not in modules of such names; of the head neither."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+        if not any(word in part for part in name.split(".")[:-1] for word in words)
+    }
+    if not names:
+        raise ModelError("the finetune_ arguments leave nothing to train")
+    return sorted(names)
 
 
 def _refuse(given: Mapping[str, Any], neutral: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raise for arguments that would otherwise be ignored."""
+    """Say what becomes of arguments that have no effect, and raise for those that would have had one."""
     known = {*inspect.signature(function).parameters, *neutral} - {"others"}
     for name, value in given.items():
-        if name in _WITHOUT_EFFECT or (name in neutral and (value == neutral[name] or value is None)):
+        if name in neutral and (value == neutral[name] or value is None):
+            continue
+        if name in _WITHOUT_EFFECT:
+            if value not in (None, False):
+                explain_once(name, _WITHOUT_EFFECT[name])
             continue
         if name in neutral:
             raise TypeError(f"{function.__name__}: {name}={value!r} is not supported, only {neutral[name]!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from contextlib import nullcontext
 
@@ -13,12 +14,20 @@ import torch
 import transformers
 
 import unsloth
-from unsloth.models import fast, presets
-from unsloth.models.fast import FastLanguageModel, ModelError, default_dtype
+from unsloth.models import presets
 from unsloth.models.load import random_batch
+from unsloth.runtime.scripts import fast, old_names
+from unsloth.runtime.scripts.fast import FastLanguageModel, FastModel, ModelError, default_dtype
 
 CPU = {"device_map": "cpu"}
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undo():
+    """Other tests of this process have TRL's classes as they were."""
+    yield
+    old_names.uninstall()
 
 
 def test_it_is_exported():
@@ -116,8 +125,7 @@ def test_full_finetuning(caplog):
         ({"load_in_8bit": True, "full_finetuning": True}, ModelError, "8-bit weights cannot be trained"),
         ({"load_in_4bit": True, "full_finetuning": True}, ModelError, "4-bit weights cannot be trained"),
         ({"max_seq_len": 1}, TypeError, "no argument 'max_seq_len', did you mean 'max_seq_length'"),
-        ({"zzz": 1}, TypeError, "no argument 'zzz'; arguments are device_map, dtype"),
-        ({"fast_inference": True}, TypeError, "fast_inference=True is not supported, only False"),
+        ({"zzz": 1}, TypeError, "no argument 'zzz'; arguments are attn_implementation, device_map"),
         ({"rope_scaling": {"factor": 2}}, TypeError, "rope_scaling=.* is not supported, only None"),
         ({"dtype": "float17"}, ModelError, "'float17' is no dtype of weights"),
         ({"dtype": torch.int8}, ModelError, "is no dtype of weights"),
@@ -158,6 +166,81 @@ def test_what_asks_for_nothing_is_accepted():
         model, r=2, target_modules=LLAMA, layers_to_transform=[1], qat_scheme=None, loftq_config={}
     )
     assert not any("layers.0" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_what_is_not_needed_is_explained_once(caplog, monkeypatch):
+    monkeypatch.setattr(old_names, "_explained", set())
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            FastLanguageModel.from_pretrained("tiny-llama", fast_inference=True, gpu_memory_utilization=0.5, **CPU)
+    assert caplog.text.count("fast_inference: no inference engine is started") == 1
+    assert caplog.text.count("gpu_memory_utilization: ") == 1
+
+
+def test_attention_is_chosen():
+    model, _ = FastLanguageModel.from_pretrained("tiny-llama", attn_implementation="eager", **CPU)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "adapted"),
+    [
+        ({}, {"self_attn", "mlp"}),
+        ({"finetune_mlp_modules": False}, {"self_attn"}),
+        ({"finetune_attention_modules": False}, {"mlp"}),
+        ({"target_modules": ["q_proj"]}, {"self_attn"}),
+    ],
+)
+def test_parts_of_a_model(arguments, adapted):
+    model = FastModel.get_peft_model(presets.build("tiny-llama"), r=2, finetune_vision_layers=False, **arguments)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {part for part in ("self_attn", "mlp") if any(part in name for name in names)} == adapted
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"finetune_language_layers": False},
+        {"finetune_attention_modules": False, "finetune_mlp_modules": False},
+    ],
+)
+def test_nothing_is_left_to_train(arguments):
+    with pytest.raises(ModelError, match="leave nothing to train"):
+        FastModel.get_peft_model(presets.build("tiny-llama"), **arguments)
+
+
+def test_embedding_and_head_are_trained_whole():
+    model, _ = FastLanguageModel.from_pretrained("tiny-llama", **CPU)
+    model = FastLanguageModel.get_peft_model(model, r=2, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert [n for n in trained if "modules_to_save" in n] and not [n for n in trained if "lora_embedding" in n]
+
+
+def test_four_bits_are_what_scripts_rely_on(monkeypatch, checkpoint, tmp_path):
+    """On a GPU, unless they ask for something else; tried with the loading itself left out."""
+    asked = []
+
+    class Loaded(Exception):
+        pass
+
+    def load_model(name, **settings):
+        asked.append(settings["quantise"])
+        raise Loaded
+
+    monkeypatch.setattr(fast, "load_model", load_model)
+    monkeypatch.setattr(fast, "_one_device", lambda device_map: torch.device("cuda"))
+    monkeypatch.setattr(fast, "default_dtype", lambda device: torch.bfloat16)
+    for arguments in ({}, {"load_in_16bit": True}, {"load_in_8bit": True}, {"full_finetuning": True}):
+        with pytest.raises(Loaded):
+            FastLanguageModel.from_pretrained(str(checkpoint), **arguments)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for path in checkpoint.glob("tokenizer*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(Loaded):
+        FastLanguageModel.from_pretrained(str(tmp_path))
+    assert asked == ["nf4", None, "int8", None, None]
 
 
 def test_first_arguments_stand_where_scripts_expect_them():
