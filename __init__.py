@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .compiler.explain import Explanation, explain
     from .compiler.verify import Verification, verify
     from .models.fast import FastLanguageModel
+    from .runtime.grpo import GRPOTrainer
     from .runtime.plan import MemoryPlan, plan
     from .runtime.preferences import DPOTrainer, ORPOTrainer
     from .runtime.trainer import SFTTrainer
@@ -22,6 +23,7 @@ __all__ = [
     "DPOTrainer",
     "Explanation",
     "FastLanguageModel",
+    "GRPOTrainer",
     "MemoryPlan",
     "ORPOTrainer",
     "SFTTrainer",
@@ -36,6 +38,7 @@ _HOMES = {
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
     "FastLanguageModel": ".models.fast",
+    "GRPOTrainer": ".runtime.grpo",
     "MemoryPlan": ".runtime.plan",
     "plan": ".runtime.plan",
     "DPOTrainer": ".runtime.preferences",
