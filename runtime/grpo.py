@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .preferences import CompiledBody
 from .prompts import check_prompts, context_of, refuse_too_long
 from .reference import without_idle_copy
 from .rewards import ON_ERROR, check_judged, checked
+from .rollouts import load_rollout, save_rollout
+from .standing import Progress
 from .sturdy import Sturdy
 from .trainer import outside_of_ddp
 
@@ -113,6 +116,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         return (ids, *others)
 
     _asks_for_completions = False
+    _at_start_of_step: Any = None
 
     def _generate(self, prompts: list[Any]) -> Any:
         self._asks_for_completions = True
@@ -139,6 +143,36 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         if self._buffered_inputs is not self._buffer:
             self._buffer = self._buffered_inputs = [trimmed(part) for part in self._buffered_inputs]
         return self._buffer[self._step % len(self._buffer)]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _note_start(self) -> None:
+        super()._note_start()
+        self._at_start_of_step = self._buffered_inputs  # a step that is stopped in its middle begins anew
+
+    def _fill(self, staged: Path, folder: Path) -> None:
+        super()._fill(staged, folder)
+        if not self.args.save_only_model:
+            batches = self._at_start_of_step if self._in_step else self._buffered_inputs
+            controller = {"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}
+            save_rollout(staged / self._rollout_name, batches, controller)
+
+    @property
+    def _rollout_name(self) -> str:
+        return f"rollout_{self.args.process_index}.safetensors"
+
+    def _read_progress(self, checkpoint: Path) -> Progress:
+        self._rollout = checkpoint / self._rollout_name
+        return super()._read_progress(checkpoint)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
+        if self._resumed is not None and self._rollout.is_file():
+            self._buffered_inputs, controller = load_rollout(self._rollout, self.args.device)
+            self.entropy_coef = controller.get("entropy_coef", self.entropy_coef)
+            self._last_world_entropy = controller.get("last_world_entropy", self._last_world_entropy)
+        self._buffer = self._at_start_of_step = self._buffered_inputs
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

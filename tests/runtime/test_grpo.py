@@ -304,6 +304,30 @@ def test_columns_without_a_token_are_left_out() -> None:
     assert trimmed(inputs)["completion_ids"].shape == (3, 1)
 
 
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_a_run_resumed_between_two_updates_of_a_generation_is_the_uninterrupted_one(tmp_path, stopped_after) -> None:
+    """Real generation, a new one every second update: after one, its second half is still to come."""
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "steps_per_generation": 4,
+        "temperature": 2.0,
+    }
+    settings |= {"max_completion_length": 5, "beta": 0.1}
+    runs = []
+    for place in (None, tmp_path / f"checkpoint-{stopped_after}"):
+        made = make(GRPOTrainer, tmp_path, {"compile": False}, **settings)
+        del made._generate_single_turn  # what the class has
+        made.train(resume_from_checkpoint=None if place is None else str(place))
+        runs.append(made)
+    for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
+        assert torch.equal(one, other)
+    names = ("loss", "grad_norm", "kl", "entropy")
+    logs = [[[e[n] for n in names] for e in run.state.log_history if "loss" in e] for run in runs]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
