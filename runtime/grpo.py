@@ -61,6 +61,8 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     """
 
     args: trl.GRPOConfig
+    _buffered_inputs: Any
+    _last_world_entropy: Any
 
     def __init__(
         self,
