@@ -61,6 +61,7 @@ class Operator:
     backward_flops: Callable[..., Any]
     fake: Callable[..., Any] | None
     fake_backward: Callable[..., Any]
+    opaque_backward: bool
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
@@ -129,6 +130,7 @@ def operator(
     same_gradient: Mapping[str, str] | None = None,
     fake: Callable[..., Any] | None = None,
     fake_backward: Callable[..., Any] | None = None,
+    opaque_backward: bool = False,
     devices: Sequence[str] = ("cuda",),
 ) -> Operator:
     """Declare and register an operator.
@@ -162,6 +164,7 @@ def operator(
             over a size that may be symbolic or reads a constant tensor, or takes long to. The operator then stays
             opaque where others are replaced by their reference.
         fake_backward: the same for ``reference_backward``, which is still traced where the operator is replaced.
+        opaque_backward: it cannot be traced either, so it stays as well.
         devices: device types on which ``forward`` and ``backward`` run.
     """
     name = schema.split("(", 1)[0]
@@ -183,6 +186,7 @@ def operator(
         backward_flops=backward_flops,
         fake=fake,
         fake_backward=fake_backward or reference_backward,
+        opaque_backward=opaque_backward,
         _supports=supports,
     )
     _check_names(op)

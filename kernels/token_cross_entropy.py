@@ -214,6 +214,7 @@ token_cross_entropy = operator(
     backward_flops=_backward_flops,
     fake=_empty,
     fake_backward=_fake_backward,
+    opaque_backward=True,
 )
 """Cross-entropy of each token, from the logits that a head makes of hidden states.
 

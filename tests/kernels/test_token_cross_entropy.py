@@ -237,6 +237,40 @@ def test_one_graph_serves_all_lengths(setting: Setting) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("wants", [FROZEN, (True, True, False)], ids=["frozen head", "trained head"])
+def test_it_is_not_taken_apart_where_it_has_no_kernel(wants: tuple[bool, bool, bool]) -> None:
+    """Through the whole backend, on the CPU and for any length: chunks are a loop that no graph could hold."""
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return token_cross_entropy(hidden, weight, None, labels, IGNORED, 1.0, 0.0, False, False, list(wants))[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="unsloth", options={"strict": True})
+    for rows in ((2, 23), (2, 9)):
+        hidden, weight, _, labels = (x.cpu() if x is not None else x for x in make(rows, vocabulary=37))
+        torch._dynamo.mark_dynamic(hidden, 1)
+        torch._dynamo.mark_dynamic(labels, 1)
+        leaves = [x.requires_grad_() for x, want in zip((hidden, weight), wants, strict=False) if want]
+        upstream = torch.linspace(-1, 1, labels.numel()).view(labels.shape)
+        ours = torch.autograd.grad(compiled(hidden, weight, labels), leaves, upstream)
+        torch.testing.assert_close(ours, torch.autograd.grad(loss(hidden, weight, labels), leaves, upstream))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="measures the GPU's memory")
+def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    rows, vocabulary = 4096, 128256
+    hidden = torch.randn(rows, 1024, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, 1024, device=DEVICE, dtype=torch.bfloat16)
+    labels = torch.randint(vocabulary, (rows,), device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    token_cross_entropy(*Setting(wants=FROZEN).arguments(hidden, weight, None, labels))[0].sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= logit_chunks.CHUNK_BYTES + 3 * hidden.nbytes + (64 << 20), f"{peak >> 20} MiB"
+
+
 def test_symbolic_shapes() -> None:
     setting = Setting(trained_entropy=True, softcap=5.0)
     assert_symbolic(token_cross_entropy, *setting.arguments(*make((2, 7), bias=False)))
