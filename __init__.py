@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .compiler.verify import Verification, verify
     from .models.doctor import Diagnosis
     from .runtime.doctor import doctor
+    from .runtime.grpo import GRPOTrainer
     from .runtime.plan import MemoryPlan, plan
     from .runtime.preferences import DPOTrainer, ORPOTrainer
     from .runtime.scripts.chats import get_chat_template, standardize_data_formats, standardize_sharegpt, to_sharegpt
@@ -35,6 +36,7 @@ __all__ = [
     "Explanation",
     "FastLanguageModel",
     "FastModel",
+    "GRPOTrainer",
     "MemoryPlan",
     "ORPOTrainer",
     "PatchDPOTrainer",
@@ -62,6 +64,7 @@ _HOMES = {
     "doctor": ".runtime.doctor",
     "explain": ".compiler.explain",
     "Explanation": ".compiler.explain",
+    "GRPOTrainer": ".runtime.grpo",
     "MemoryPlan": ".runtime.plan",
     "plan": ".runtime.plan",
     "DPOTrainer": ".runtime.preferences",

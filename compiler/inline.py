@@ -51,7 +51,8 @@ def _references() -> dict[Any, tuple[Operator, Any]]:
         traceable = operator.fake is None  # otherwise its reference cannot be traced, and it stays opaque
         found[operator.overload] = (operator, operator.reference if traceable else None)
         if operator.differentiable:
-            found[operator.overload_backward] = (operator, operator.backward_as_returned)
+            formula = None if operator.opaque_backward else operator.backward_as_returned
+            found[operator.overload_backward] = (operator, formula)
     return found
 
 

@@ -14,6 +14,7 @@ if __name__ != "kernels":
         rms_norm,
         rope,
         sink_attention,
+        token_cross_entropy,
     )
 
     __all__ = [
@@ -27,4 +28,5 @@ if __name__ != "kernels":
         "rms_norm",
         "rope",
         "sink_attention",
+        "token_cross_entropy",
     ]

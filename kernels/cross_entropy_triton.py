@@ -1,4 +1,4 @@
-"""The kernel of ``linear_cross_entropy``: one program reduces one row of logits and overwrites it by its gradient.
+"""The kernel of losses in chunks: one program reduces one row of logits and overwrites it by its gradient.
 
 In the first sweep over the row, each lane keeps the maximum and the sum of exponentials of what it has read; the lanes
 are combined once, at the end. The second sweep finds the row in the L2 cache as long as the rows in flight (a few per
@@ -33,7 +33,8 @@ def cross_entropy_kernel(
     losses,
     entropies,
     top1s,
-    gradient_unit,
+    loss_unit,
+    entropy_unit,
     vocabulary,
     stride,
     ignore_index,
@@ -42,17 +43,20 @@ def cross_entropy_kernel(
     CAPPED: tl.constexpr,
     STATISTICS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    UNIT_PER_ROW: tl.constexpr,
+    ENTROPY_GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, entropy and largest logit of a row, and the gradient of its loss with respect to the raw logits, in place.
+    """Loss, entropy and largest logit of a row, and their gradient with respect to the raw logits, in place.
 
     Args:
         logits: [rows, vocabulary], ``stride`` elements apart; with GRADIENT overwritten by scale · softcap' ·
-            (softmax - onehot) · gradient_unit. The gaps between rows are written to as well: with a stride that is a
-            multiple of 16, all accesses are of 128 bits whatever the vocabulary.
+            ((p - onehot) · loss_unit - p (log p + entropy) · entropy_unit). The gaps between rows are written to as
+            well: with a stride that is a multiple of 16, all accesses are of 128 bits whatever the vocabulary.
         labels: int64 [rows]. losses: float32 [rows]; 0 where the label is ``ignore_index``, NaN if it is out of range.
         entropies, top1s: float32 and int64 [rows], with STATISTICS.
-        gradient_unit: float32 scalar in memory.
+        loss_unit: float32 in memory, one number, or with UNIT_PER_ROW one of each row.
+        entropy_unit: likewise, with ENTROPY_GRADIENT, which takes UNIT_PER_ROW and STATISTICS.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -96,21 +100,30 @@ def cross_entropy_kernel(
     loss = tl.where(in_range, top - at_label + log_sum, float("nan"))
     tl.store(losses + row, tl.where(counts, loss, 0.0))
     if STATISTICS:
-        tl.store(entropies + row, log_sum - tl.sum((weighted + total * (highest - top)) * rescale, axis=0) * share)
+        entropy = log_sum - tl.sum((weighted + total * (highest - top)) * rescale, axis=0) * share
+        tl.store(entropies + row, entropy)
         tl.store(top1s + row, tl.min(tl.where(highest == top, position, vocabulary), axis=0))
     if GRADIENT:
-        if counts:
-            unit = tl.where(in_range, tl.load(gradient_unit) * scale, float("nan"))
+        if UNIT_PER_ROW:
+            loss_unit += row
+        if counts | ENTROPY_GRADIENT:
+            unit = tl.where(in_range, tl.load(loss_unit) * scale, float("nan"))
+            unit = tl.where(counts, unit, 0.0)
+            if ENTROPY_GRADIENT:
+                spread = tl.load(entropy_unit + row) * scale
             for start in range(0, vocabulary, BLOCK):
                 column = start + lane
                 x = tl.load(logits + column, mask=column < stride, other=0.0).to(tl.float32) * scale
-                slope = unit
+                slope = 1.0
                 if CAPPED:
                     t = _tanh(x / softcap)
                     x = softcap * t
-                    slope = unit * (1 - t * t)
+                    slope = 1 - t * t
                 p = tl.exp(x - top) * share
-                tl.store(logits + column, tl.where(column == target, p - 1, p) * slope, mask=column < stride)
+                gradient = tl.where(column == target, p - 1, p) * unit
+                if ENTROPY_GRADIENT:  # where p is 0, log p may be infinite
+                    gradient -= tl.where(p > 0, p * (x - top - log_sum + entropy), 0.0) * spread
+                tl.store(logits + column, gradient * slope, mask=column < stride)
         else:
             for start in range(0, vocabulary, BLOCK):
                 column = start + lane

@@ -21,42 +21,21 @@ Logits are rounded to hidden's dtype, as a model's are, and so is their gradient
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .cross_entropy_triton import BLOCK, WARPS, cross_entropy_kernel
+from .logit_chunks import KERNEL, REFERENCE, Implementation, check_wanted, logits_in_chunks, supports
 from .operator import operator
-from .reasons import dtype_is
-
-CHUNK_BYTES = 256 << 20
-"""Of logits at a time: 1024 rows of 128256 in bf16, enough for a matrix product to run at full speed."""
-MIN_ROWS = 128
-"""Fewer rows at a time read all of W from memory for too little arithmetic."""
-ALIGNMENT = 64
-"""Rows of a chunk start at multiples of so many elements: fast loads, whatever the vocabulary."""
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Rows = Callable[..., None]
-AddProduct = Callable[[Tensor, Tensor, Tensor], None]
-
-
 # -- chunks of rows ----------------------------------------------------------------------------------------------------
 
 
-def _chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows per chunk: equal chunks within CHUNK_BYTES, two at least, so that the logits are never whole."""
-    limit = max(MIN_ROWS, CHUNK_BYTES // (vocabulary * itemsize))
-    return math.ceil(rows / max(2, math.ceil(rows / limit)))
-
-
 def _in_chunks(
-    compute_rows: Rows,
-    add_product: AddProduct,
+    implementation: Implementation,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -68,7 +47,7 @@ def _in_chunks(
     statistics: bool,
     wants: list[bool],
 ) -> Outputs:
-    """The operator, on top of ``compute_rows``, which turns a chunk of logits into losses and into its gradient."""
+    """The operator, on top of what turns a chunk of logits into losses and into its gradient."""
     outputs = _empty(hidden, weight, bias, statistics, wants)
     _, _, entropy, top1, grad_hidden, grad_weight, grad_bias = outputs
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).contiguous()
@@ -86,23 +65,14 @@ def _in_chunks(
     )
     entropies, top1s = entropy.view(-1), top1.view(-1)
 
-    step = _chunk_rows(rows, vocabulary, hidden.element_size())
-    stride = ALIGNMENT * math.ceil(vocabulary / ALIGNMENT)
-    # Zeros, because oneDNN multiplies what lies between the rows of a bfloat16 matrix by zero, and NaN stays NaN.
-    buffer = hidden.new_zeros(step, stride)[:, :vocabulary]
-    for start in range(0, rows, max(step, 1)):
-        chunk = slice(start, min(start + step, rows))
-        logits = buffer[: chunk.stop - start]
-        if bias is None:
-            torch.mm(hidden[chunk], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
+    for chunk, logits in logits_in_chunks(hidden, weight, bias):
         statistic = (entropies[chunk], top1s[chunk]) if statistics else (None, None)
-        compute_rows(logits, labels[chunk], losses[chunk], *statistic, gradient_unit, ignore_index, scale, softcap)
+        settings = (gradient_unit, None, ignore_index, scale, softcap)
+        implementation.reduce(logits, labels[chunk], losses[chunk], *statistic, *settings)
         if wants[0]:
             torch.mm(logits, weight, out=grad_hidden.view(rows, -1)[chunk])
         if weight_sum is not None:
-            add_product(weight_sum, logits.t(), hidden[chunk])
+            implementation.add_product(weight_sum, logits.t(), hidden[chunk])
         if bias_sum is not None:
             bias_sum += logits.sum(0, dtype=torch.float32)
 
@@ -148,44 +118,6 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def _rows_reference(
-    logits: Tensor,
-    labels: Tensor,
-    losses: Tensor,
-    entropies: Tensor | None,
-    top1s: Tensor | None,
-    gradient_unit: Tensor | None,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> None:
-    x = logits.float() * scale
-    tanh = torch.tanh(x / softcap) if softcap else None
-    if tanh is not None:
-        x = softcap * tanh
-    log_p = torch.log_softmax(x, dim=-1)
-    valid = labels != ignore_index
-    label = labels.masked_fill(~valid, 0).unsqueeze(-1)
-    losses.copy_(torch.where(valid, -log_p.gather(-1, label).squeeze(-1), 0.0))
-    p = log_p.exp()
-    if entropies is not None and top1s is not None:
-        entropies.copy_(torch.special.entr(p).sum(-1))
-        top1s.copy_(x.argmax(-1))
-    if gradient_unit is not None:
-        slope = p.scatter_add(-1, label, torch.full_like(label, -1.0, dtype=p.dtype))
-        if tanh is not None:
-            slope *= 1 - tanh * tanh
-        logits.copy_(torch.where(valid.unsqueeze(-1), slope * (scale * gradient_unit), 0.0))
-
-
-def _add_product_reference(total: Tensor, a: Tensor, b: Tensor) -> None:
-    total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-
-def _reference(*args: Any) -> Outputs:
-    return _in_chunks(_rows_reference, _add_product_reference, *args)
-
-
 def _reference_backward(
     grad: Tensor,
     scales: Tensor,
@@ -200,65 +132,14 @@ def _reference_backward(
     wants: list[bool],
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    _check_wanted(wants, needs)
+    check_wanted("linear_cross_entropy", wants, needs)
     return tuple(
         (stored.float() * (grad * scales[unit])).to(stored.dtype) if need else None
         for stored, unit, need in zip((grad_hidden, grad_weight, grad_bias), (0, 1, 1), needs, strict=True)
     )
 
 
-def _check_wanted(wants: list[bool], needs: list[bool]) -> None:
-    for name, want, need in zip(("hidden", "weight", "bias"), wants, needs, strict=True):
-        if need and not want:
-            raise RuntimeError(
-                f"linear_cross_entropy: the gradient of {name} is needed, but forward was told that it is not wanted"
-            )
-
-
 # -- CUDA --------------------------------------------------------------------------------------------------------------
-
-
-def _rows_kernel(
-    logits: Tensor,
-    labels: Tensor,
-    losses: Tensor,
-    entropies: Tensor | None,
-    top1s: Tensor | None,
-    gradient_unit: Tensor | None,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> None:
-    launch: Any = cross_entropy_kernel[(logits.shape[0],)]
-    launch(
-        logits,
-        labels,
-        losses,
-        entropies,
-        top1s,
-        gradient_unit,
-        logits.shape[1],
-        logits.stride(0),
-        ignore_index,
-        scale,
-        softcap,
-        CAPPED=softcap > 0,
-        STATISTICS=entropies is not None,
-        GRADIENT=gradient_unit is not None,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype != total.dtype and a.is_cuda:  # only there are products of rounded numbers added to float32 in place
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        _add_product_reference(total, a, b)
-
-
-def _forward(*args: Any) -> Outputs:
-    return _in_chunks(_rows_kernel, _add_product, *args)
 
 
 def _backward(
@@ -275,7 +156,7 @@ def _backward(
     wants: list[bool],
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    _check_wanted(wants, needs)
+    check_wanted("linear_cross_entropy", wants, needs)
     # A factor with a dimension makes PyTorch multiply in float32 (a scalar would be rounded to the gradient's dtype
     # first), and `out` rounds in the same launch.
     factors = (grad * scales).split(1)
@@ -288,17 +169,6 @@ def _backward(
 # -- the operator ------------------------------------------------------------------------------------------------------
 
 
-def _supports(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *_: Any) -> str | None:
-    if reason := dtype_is(hidden, torch.bfloat16, torch.float16, torch.float32):
-        return reason
-    if hidden.dim() == 0 or weight.dim() != 2 or not statically_known_true(hidden.shape[-1] == weight.shape[1]):
-        return f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} are not known to fit"
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.dtype != hidden.dtype:
-            return f"hidden is {hidden.dtype} and {name} is {x.dtype}"
-    return dtype_is(labels, torch.int64)
-
-
 def _flops(hidden: Tensor, weight: Tensor, *others: Any) -> Any:
     """One product for the logits, one for each of hidden's and weight's gradient."""
     wants = others[-1]
@@ -309,14 +179,14 @@ linear_cross_entropy = operator(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index, bool mean, "
     "float scale, float softcap, bool statistics, bool[] wants) -> (Tensor loss, Tensor scales, Tensor entropy, "
     "Tensor top1, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    reference=_reference,
+    reference=partial(_in_chunks, REFERENCE),
     reference_backward=_reference_backward,
-    forward=_forward,
+    forward=partial(_in_chunks, KERNEL),
     backward=_backward,
     saves="scales grad_hidden grad_weight grad_bias",
     differentiable="hidden weight bias",
     gradients_of="loss",
-    supports=_supports,
+    supports=supports,
     flops=_flops,
     backward_flops=lambda hidden, weight, *_: hidden.numel() + weight.numel(),
     fake=_fake,

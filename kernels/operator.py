@@ -61,6 +61,7 @@ class Operator:
     backward_flops: Callable[..., Any]
     fake: Callable[..., Any] | None
     fake_backward: Callable[..., Any]
+    opaque_backward: bool
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
@@ -86,7 +87,7 @@ class Operator:
 
     def saved(self, values: Mapping[str, Any]) -> list[Any]:
         """What backward is given of the inputs and outputs, in the order of ``saves``; None for what it can spare."""
-        spared = {other for name, other in self.saves_instead.items() if values[name] is not None}
+        spared = {other for name, other in self.saves_instead.items() if _is_there(values[name])}
         return [None if name in spared else values[name] for name in self.saves]
 
     def supports(self, *args: Any) -> str | None:
@@ -129,6 +130,7 @@ def operator(
     same_gradient: Mapping[str, str] | None = None,
     fake: Callable[..., Any] | None = None,
     fake_backward: Callable[..., Any] | None = None,
+    opaque_backward: bool = False,
     devices: Sequence[str] = ("cuda",),
 ) -> Operator:
     """Declare and register an operator.
@@ -154,13 +156,15 @@ def operator(
             with symbolic sizes); ``backward_flops`` is for all gradients together, and is given None for what
             ``saves_instead`` spares.
         saves_instead: ``{"z": "x"}`` where backward needs the optional input z, if there is one, in place of x: it is
-            given None for x then, and x is not kept in memory for it.
+            given None for x then, and x is not kept in memory for it. z may be an output as well, which counts as
+            absent where its shape is (0,).
         same_gradient: ``{"residual": "x"}`` where the gradient of the input ``residual`` is that of the differentiable
             input ``x``: one tensor is both, and ``needs`` says whether either is wanted. They have one shape and dtype.
         fake: computes the outputs' shapes in place of the reference: for one that cannot be traced, because it loops
             over a size that may be symbolic or reads a constant tensor, or takes long to. The operator then stays
             opaque where others are replaced by their reference.
         fake_backward: the same for ``reference_backward``, which is still traced where the operator is replaced.
+        opaque_backward: it cannot be traced either, so it stays as well.
         devices: device types on which ``forward`` and ``backward`` run.
     """
     name = schema.split("(", 1)[0]
@@ -182,6 +186,7 @@ def operator(
         backward_flops=backward_flops,
         fake=fake,
         fake_backward=fake_backward or reference_backward,
+        opaque_backward=opaque_backward,
         _supports=supports,
     )
     _check_names(op)
@@ -211,6 +216,11 @@ def switch_off(op: Operator, reason: str) -> None:
 
 
 # -- wiring ------------------------------------------------------------------------------------------------------------
+
+
+def _is_there(value: Tensor | None) -> bool:
+    """Whether a tensor that is optional was given or made; how many elements it has may be symbolic."""
+    return value is not None and not (value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0)
 
 
 def _is_tensor(argument: Any) -> bool:

@@ -26,6 +26,7 @@ from .learning_rates import LearningRates
 from .lengths import token_counts
 from .neftune import Neftune
 from .pace import Pace
+from .reference import without_idle_copy
 from .smaller_pairs import INSEPARABLE, SmallerPairs
 from .sturdy import Sturdy
 from .trainer import CHECKPOINTING, Truncated, leave_recomputation_to_the_planner
@@ -41,7 +42,7 @@ else:
     _Base = object
 
 
-class _CompiledBody(Neftune, LearningRates, _Base):
+class CompiledBody(Neftune, LearningRates, _Base):
     """Mixin before one of TRL's trainers.
 
     Takes what that takes, by name, ``options`` for the backend, ``compile=False`` to run eagerly, and learning rates as
@@ -98,7 +99,6 @@ class _CompiledBody(Neftune, LearningRates, _Base):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         started, graphs = time.perf_counter(), len(self._reports)
-        masks = [value.sum() for name, value in inputs.items() if name.endswith("attention_mask")]
         step = super().training_step
         self._counted = getattr(self, "_total_train_tokens", 0)
         if self._whole_because():
@@ -112,8 +112,12 @@ class _CompiledBody(Neftune, LearningRates, _Base):
                 self._start_again,
             )
         self._done += 1
-        self.pace.after_step(sum(masks), started if len(self._reports) > graphs else None)
+        self.pace.after_step(self._tokens_of(inputs), started if len(self._reports) > graphs else None)
         return loss
+
+    def _tokens_of(self, inputs: Any) -> Any:
+        """Real (not padding) tokens of a micro-batch that has been trained on."""
+        return sum(value.sum() for name, value in inputs.items() if name.endswith("attention_mask"))
 
     def _whole_step(self, step: Any, *arguments: Any) -> Any:
         try:
@@ -167,7 +171,7 @@ class _CompiledBody(Neftune, LearningRates, _Base):
         return Explanation(describe(self.model), list(self._reports))
 
 
-class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
+class DPOTrainer(Sturdy, CompiledBody, trl.DPOTrainer):
     """TRL's ``DPOTrainer`` (Rafailov et al. 2023, arXiv:2305.18290): rows of ``prompt``, ``chosen``, ``rejected``.
 
     The reference of a model with fresh adapters is the model without them. Adapters that have learnt something already
@@ -176,8 +180,7 @@ class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
 
     def __init__(self, model: Any, **settings: Any) -> None:
         super().__init__(model, **settings)
-        if "ref" in getattr(self.model, "peft_config", {}) and _is_fresh(self.model):
-            self.model.delete_adapter("ref")  # TRL then computes without adapters, which is less, and the same
+        without_idle_copy(self.model)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared: Any = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -189,7 +192,7 @@ class DPOTrainer(Sturdy, _CompiledBody, trl.DPOTrainer):
         return prepared
 
 
-class ORPOTrainer(Sturdy, _CompiledBody, _ORPOTrainer):
+class ORPOTrainer(Sturdy, CompiledBody, _ORPOTrainer):
     """TRL's ``ORPOTrainer`` (Hong et al. 2024, arXiv:2403.07691), which needs no reference."""
 
     def concatenated_forward(self, model: Any, batch: Any) -> Any:
@@ -201,12 +204,3 @@ class ORPOTrainer(Sturdy, _CompiledBody, _ORPOTrainer):
 
 TRAINERS = {"dpo": (DPOTrainer, trl.DPOConfig), "orpo": (ORPOTrainer, ORPOConfig)}
 """By the name of the method: our trainer and TRL's configuration."""
-
-
-def _is_fresh(model: Any) -> bool:
-    """Whether adapters change nothing yet: B of each is zero, and nothing else is trained."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    first, second = ("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B")
-    if not all(any(part in name for part in (*first, *second)) for name in trained):
-        return False
-    return not any(bool(p.any()) for name, p in trained.items() if any(part in name for part in second))

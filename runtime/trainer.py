@@ -232,7 +232,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         if self._recorder.recording:
             arguments: dict[str, Any] = {"model": model, "inputs": rest, "labels": labels, "num_items": divisor}
             self._arguments = {**arguments, "balance_weight": weight}
-        step = _outside_of_ddp(run, model, rest, labels, divisor, weight)
+        step = outside_of_ddp(run, model, rest, labels, divisor, weight)
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
@@ -339,17 +339,21 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         super().log(logs, start_time)
 
 
-def _outside_of_ddp(run: Any, model: Any, *arguments: Any) -> StepOutput:
-    """Run the step on the model that DDP wraps, between what DDP does before and after a forward pass.
+def outside_of_ddp(run: Any, model: Any, *arguments: Any) -> Any:
+    """Run a step on the model that DDP wraps, between what DDP does before and after a forward pass.
 
     Inside of the graph its Python would break it, and ``DDPOptimizer`` would cut it at every bucket. Gradients are
     reduced by the hooks on the parameters, which do not ask where the forward pass ran.
+
+    Args:
+        run: called with the model and ``arguments``; returns a named tuple.
     """
     if not isinstance(model, DistributedDataParallel):
         return run(model, *arguments)
     arguments, _ = model._pre_forward(*arguments)
-    output: Any = model._post_forward(tuple(run(model.module, *arguments)))
-    return StepOutput(*output)
+    result = run(model.module, *arguments)
+    output: Any = model._post_forward(tuple(result))
+    return type(result)(*output)
 
 
 def leave_recomputation_to_the_planner(model: Any) -> None:

@@ -7,7 +7,6 @@ the one that is asked about.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
+from ...kernels.logit_chunks import chunk_rows, padded_width
 from ...kernels.operator import NAMESPACE
 from .joint import hint, is_free, is_view, maker, unpacks
 
@@ -207,16 +207,28 @@ def _workspace(target: Any, args: Any, read: list[Tensor], written: list[Tensor]
     return int(rule(args, read, written)) if rule is not None else 0
 
 
-def _of_loss(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
-    """The chunk of logits, and where the head is trained the float32 sum of its gradient."""
-    from ...kernels.linear_cross_entropy import ALIGNMENT, _chunk_rows
-
-    hidden, weight = args[0], args[1]
+def _of_chunks(hidden: Tensor, weight: Tensor) -> float:
+    """A chunk of logits, and what it is reduced to."""
     rows = hidden.numel() // max(hidden.shape[-1], 1)
-    step = _chunk_rows(rows, weight.shape[0], hidden.element_size())
-    stride = ALIGNMENT * math.ceil(weight.shape[0] / ALIGNMENT)
-    wants = args[-1]
-    return step * stride * hidden.element_size() + 4 * rows + (4 * weight.numel() if wants[1] else 0)
+    step = chunk_rows(rows, weight.shape[0], hidden.element_size())
+    return step * padded_width(weight.shape[0]) * hidden.element_size() + 4 * rows
+
+
+def _of_loss(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
+    """The chunk, and where the head is trained the float32 sum of its gradient."""
+    hidden, weight, wants = args[0], args[1], args[-1]
+    return _of_chunks(hidden, weight) + (4 * weight.numel() if wants[1] else 0)
+
+
+def _of_token_losses(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
+    hidden, weight = args[0], args[1]
+    return _of_chunks(hidden, weight)
+
+
+def _of_token_losses_backward(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
+    """None where forward has made slopes; else those of the loss."""
+    hidden, weight, needs = args[2], args[3], args[-1]
+    return 0 if hidden is None else _of_chunks(hidden, weight) + (4 * weight.numel() if needs[1] else 0)
 
 
 def _of_attention_backward(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
@@ -230,6 +242,8 @@ def _of_attention_backward(args: Any, read: list[Tensor], written: list[Tensor])
 
 _WORKSPACES = {
     "linear_cross_entropy": _of_loss,
+    "token_cross_entropy": _of_token_losses,
+    "token_cross_entropy_backward": _of_token_losses_backward,
     "attention_backward": _of_attention_backward,
     "_scaled_dot_product_flash_attention_backward": _of_attention_backward,
     "_scaled_dot_product_cudnn_attention_backward": _of_attention_backward,

@@ -1,9 +1,10 @@
-"""A language model's head and its loss: cross_entropy(softcap(scale · (hidden Wᵀ + bias)), labels).
+"""A language model's head and its loss: cross_entropy(softcap(scale · (hidden Wᵀ + bias)) / temperature, labels).
 
 Between the head and the loss stand conversions, views and copies, in any order; where logits are cut along the
 sequence, the hidden states are cut in their place. The entropy and the largest logit of each token, which trainers
-compute from the same logits for their logs, become outputs of the same operator. Nobody else may read the logits: the
-operator exists in order not to have them.
+compute from the same logits for their logs, become outputs of the same operator. A loss that is not reduced, as
+policies are trained with, is another operator, in which the entropy may have a gradient. Nobody else may read the
+logits: the operators exist in order not to have them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.linear_cross_entropy import linear_cross_entropy
+from ...kernels.token_cross_entropy import token_cross_entropy
 from ..pattern import Attempt, Found, Pattern, arguments, capture, cast, describe, function, is_cast, number
 from ..rewrite import Call, Match, Miss, Region, regions, source_line, value
 from ..search import search
@@ -52,8 +54,6 @@ def _same_last(a: Any, b: Any) -> bool:
 def _usual(node: fx.Node, rest: dict[str, Any]) -> str | None:
     if rest["weight"] is not None:
         return "the loss weighs classes"
-    if rest["reduction"] not in (1, 2):
-        return "the loss is not reduced: one per token"
     if rest["label_smoothing"] != 0.0:
         return f"the loss smooths labels by {rest['label_smoothing']}"
     logits, labels = (value(argument) for argument in node.args[:2])
@@ -63,7 +63,7 @@ def _usual(node: fx.Node, rest: dict[str, Any]) -> str | None:
 
 
 def _known_numbers(node: fx.Node, found: Found) -> str | None:
-    names = [name for name in ("scale", "divisor", "softcap") if name in found.captures]
+    names = [name for name in ("scale", "divisor", "softcap", "temperature") if name in found.captures]
     unknown = [name for name in names if not isinstance(found[name], (int, float)) or found[name] == 0]
     return f"the {unknown[0]} of the logits is not known when compiling" if unknown else None
 
@@ -76,10 +76,11 @@ softcap = number("softcap")
 head = _Arranged(linear(hidden, weight) | linear(hidden, weight, bias))
 scaled = head | _Arranged(head * number("scale")) | _Arranged(head / number("divisor"))
 capped = _Arranged(cast(tanh(cast(scaled / softcap))) * softcap)
+temperature = number("temperature")
 
 CROSS_ENTROPY = {
-    "softcapped": cross_entropy(capped, labels).where(_known_numbers),
-    "plain": cross_entropy(scaled, labels).where(_known_numbers),
+    "softcapped": cross_entropy(capped | _Arranged(capped / temperature), labels).where(_known_numbers),
+    "plain": cross_entropy(scaled | _Arranged(scaled / temperature), labels).where(_known_numbers),
 }
 NEAR = {
     "the logits are a sum: an adapter on the head is not part of the operator": cross_entropy(
@@ -112,24 +113,31 @@ def _site(graph: fx.Graph, loss: fx.Node, found: Found) -> Match | Miss:
         if outside := [user for user in node.users if user not in interior]:
             return _miss(_who_reads_them(outside[0]), outside[0], path)
 
-    given = arguments(loss)
+    given, temperature = arguments(loss), float(found.captures.get("temperature", 1.0))
     scale = found.captures.get("scale", 1.0) / found.captures.get("divisor", 1.0)
-    args = (
-        *_head(path, found),
-        found["labels"],
-        given["ignore_index"],
-        given["reduction"] == 1,
-        float(scale),
-        float(found.captures.get("softcap", 0.0)),
-        bool(inner),
-        _wants(graph, loss, found),
-    )
-    outputs = {loss: _LOSS, **dict.fromkeys(entropies, _ENTROPY), **dict.fromkeys(tops, _TOP1)}
+    rows = (*_head(path, found), found["labels"], given["ignore_index"])
+    # c tanh(s x / c) / T = (c / T) tanh((s / T) x / (c / T))
+    numbers = (float(scale) / temperature, float(found.captures.get("softcap", 0.0)) / temperature)
+    wants = _wants(graph, loss, found)
     variant = f"{found.variant}, with statistics" if inner else found.variant
-    return Match(linear_cross_entropy, args, outputs, interior, variant)
+    if given["reduction"] != _NOT_REDUCED:
+        args = (*rows, given["reduction"] == 1, *numbers, bool(inner), wants)
+        outputs = {loss: _LOSS, **dict.fromkeys(entropies, _ENTROPY), **dict.fromkeys(tops, _TOP1)}
+        return Match(linear_cross_entropy, args, outputs, interior, variant)
+    if tops:
+        return _miss("the largest logit is not an output of the loss per token", tops[0], path)
+    region = regions(graph)
+    trained = any(wants) and any(region[node].grad_enabled for node in entropies)
+    outputs = {loss: _LOSSES, **dict.fromkeys(entropies, _ENTROPY_TERM if trained else _ENTROPY_OF_TOKEN)}
+    args = (*rows, *numbers, bool(entropies), trained, wants)
+    return Match(token_cross_entropy, args, outputs, interior, f"{variant}, per token")
 
 
+_NOT_REDUCED = 0
 _LOSS, _ENTROPY, _TOP1 = (linear_cross_entropy.outputs.index(name) for name in ("loss", "entropy", "top1"))
+_LOSSES, _ENTROPY_OF_TOKEN, _ENTROPY_TERM = (
+    token_cross_entropy.outputs.index(name) for name in ("losses", "entropy", "entropy_term")
+)
 
 
 def _path(loss: fx.Node) -> list[fx.Node]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from unsloth.compiler.options import Options
 from unsloth.compiler.report import GraphReport
 from unsloth.compiler.run import compiled
-from unsloth.kernels import linear_cross_entropy
+from unsloth.kernels import logit_chunks
 from unsloth.models import presets
 from unsloth.models.quantise import quantise_nf4
 from unsloth.runtime.trainer import causal_lm_step
@@ -107,7 +107,7 @@ def largest_allocation(run: Any, model: nn.Module, ids: Tensor) -> int:
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the host's allocations; benchmarks.step measures the device's peak")
 def test_no_tensor_of_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss, entropy and accuracy of 1024 tokens over 2048 words, forward and backward."""
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(logit_chunks, "CHUNK_BYTES", 1 << 18)
     model = adapted("bfloat16", "autocast", vocab_size=2048)
     ids = torch.randint(4, 250, (2, 512))
     whole = ids.numel() * 2048 * torch.bfloat16.itemsize

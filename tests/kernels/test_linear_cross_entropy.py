@@ -26,7 +26,7 @@ from tests.kernels.oracle import (
     assert_symbolic,
     opcheck,
 )
-from unsloth.kernels import linear_cross_entropy as module
+from unsloth.kernels import logit_chunks
 from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
@@ -40,8 +40,8 @@ each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests have few rows: cut them into chunks as if they were many."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(module, "MIN_ROWS", 16)
+    monkeypatch.setattr(logit_chunks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(logit_chunks, "MIN_ROWS", 16)
 
 
 @dataclass
@@ -338,7 +338,7 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.cuda.memory_allocated()
     linear_cross_entropy(*Setting(wants=(True, False, False)).arguments(hidden, weight, None, labels))
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= module.CHUNK_BYTES + 3 * hidden.nbytes + (64 << 20), f"{peak >> 20} MiB"
+    assert peak <= logit_chunks.CHUNK_BYTES + 3 * hidden.nbytes + (64 << 20), f"{peak >> 20} MiB"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 1024, 1047, 4096, 4097, 100_000])
@@ -346,9 +346,9 @@ def test_peak_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_chunks(rows: int, vocabulary: int, itemsize: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    step = module._chunk_rows(rows, vocabulary, itemsize)
+    step = logit_chunks.chunk_rows(rows, vocabulary, itemsize)
     assert 1 <= step <= math.ceil(rows / 2), "never all rows at once"
-    assert step <= 128 or step * vocabulary * itemsize <= module.CHUNK_BYTES
+    assert step <= 128 or step * vocabulary * itemsize <= logit_chunks.CHUNK_BYTES
     chunks = math.ceil(rows / step)
     assert step * chunks - rows < chunks, "chunks are of one size, give or take a row"
     assert step >= 128 or chunks <= 2, "no chunk is small for no reason"
@@ -358,7 +358,7 @@ def test_chunks(rows: int, vocabulary: int, itemsize: int, monkeypatch: pytest.M
 def test_chunks_make_no_difference(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = Setting(statistics=True).arguments(*make((61,)))
     many = run(implementation, *args)
-    monkeypatch.setattr(module, "MIN_ROWS", 1000)
+    monkeypatch.setattr(logit_chunks, "MIN_ROWS", 1000)
     for a, b in zip(many, run(implementation, *args), strict=True):
         torch.testing.assert_close(a, b)
 

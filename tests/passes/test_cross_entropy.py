@@ -279,6 +279,70 @@ def test_log_probabilities_that_somebody_else_reads_are_refused() -> None:
     torch.testing.assert_close(result, step(*args))
 
 
+# -- a loss per token --------------------------------------------------------------------------------------------------
+
+
+def chosen(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return -loss_of(F.linear(hidden, weight), labels, reduction="none").view(labels.shape)
+
+
+def tempered(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As a policy is trained: behind a cap and a temperature, with an entropy that is rewarded."""
+    logits = (torch.tanh(F.linear(hidden, weight) * 2.0 / 3.0) * 3.0).float()[:, 1:] / 0.7
+    log_p = torch.log_softmax(logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return loss_of(logits, labels[:, 1:].contiguous(), reduction="none"), entropy
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_a_loss_per_token(dynamic: bool) -> None:
+    variant, name = "plain, per token", "token_cross_entropy"
+    assert_rewrites(RECOGNISER, chosen, *inputs(trained=False), to=name, variant=variant, dynamic=dynamic)
+    variant = "softcapped, with statistics, per token"
+    assert_rewrites(RECOGNISER, tempered, *inputs(), to=name, variant=variant, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_arguments_of_a_loss_per_token(trained: bool) -> None:
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, entropy = tempered(hidden, weight, labels)
+        return losses, entropy if trained else entropy.detach()
+
+    (match,) = find(RECOGNISER, step, *inputs())
+    assert isinstance(match, Match)
+    assert match.args[5:7] == pytest.approx((2.0 / 0.7, 3.0 / 0.7)) and match.args[7:9] == (True, True)
+    with torch.no_grad():
+        (match,) = find(RECOGNISER, step, *inputs())
+    assert isinstance(match, Match) and match.args[8:] == (False, [False] * 3)
+
+
+def test_an_entropy_without_gradients_beside_a_loss_per_token() -> None:
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)
+        with torch.no_grad():
+            log_p = torch.log_softmax(logits.float(), -1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        return loss_of(logits, labels, reduction="none"), entropy
+
+    args = inputs(trained=False)
+    (losses, entropy), report = rewritten(step, *args)
+    assert [site.detail for site in report.rewritten] == ["plain, with statistics, per token"]
+    expected = step(*args)
+    torch.testing.assert_close((losses, entropy), expected)
+    assert losses.requires_grad and not entropy.requires_grad
+    weights = torch.linspace(-1, 1, losses.numel())
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), args[0]) for x in (losses, expected[0]))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_largest_logit_is_no_output_of_a_loss_per_token() -> None:
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight)
+        return loss_of(logits, labels, reduction="none"), logits.argmax(-1)
+
+    assert_misses(RECOGNISER, step, *inputs(), because="largest logit is not an output")
+
+
 # -- whose gradients ---------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +412,6 @@ def test_gradients_pass_through_conversions() -> None:
 REASONS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "class weights": (lambda x, y: loss_of(x, y, weight=torch.ones(VOCABULARY)), "weighs classes"),
     "label smoothing": (lambda x, y: loss_of(x, y, label_smoothing=0.1), "smooths labels by 0.1"),
-    "not reduced": (lambda x, y: loss_of(x, y, reduction="none"), "one per token"),
     "probabilities": (lambda x, y: F.cross_entropy(x, torch.softmax(x.detach(), 1)), "probabilities"),
     "returned": (lambda x, y: (loss_of(x, y), x), 'returned as well; options={"logits": "drop"}'),
     "read": (lambda x, y: loss_of(x, y) + x.square().mean(), "read by square as well"),

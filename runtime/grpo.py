@@ -1,0 +1,335 @@
+"""Training with rewards: TRL's GRPO trainer, whose policy step is one compiled graph.
+
+Prompts, generation, tools, reward functions, advantages, callbacks and schedules are TRL's. Ours is the step: trunk,
+head, log-probabilities and loss go through the backend as one graph that never holds the logits, without asking the
+device for a number; the reference, and the policy before an update, are a forward pass of the same kind. Completions
+come from ``_generate_single_turn`` as TRL has it, and whatever replaces that feeds the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..compiler.run import compiled
+from .policy import IGNORED, Head, PolicyStep, keeps_logits, policy_step, score, trimmed
+from .policy_loss import PER_STEP, Sampled, settings_of
+from .preferences import CompiledBody
+from .prompts import check_prompts, context_of, refuse_too_long
+from .reference import without_idle_copy
+from .rewards import ON_ERROR, check_judged, checked
+from .rollouts import load_rollout, save_rollout
+from .standing import Progress
+from .sturdy import Sturdy
+from .trainer import outside_of_ddp
+
+logger = logging.getLogger(__name__)
+
+_OF_PROMPT = {"prompt_ids", "prompt_mask"}
+_OF_TOKENS = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
+_OF_TOKENS |= {"sampling_per_token_logps", "importance_sampling_ratio", "advantages"}
+TEXT = _OF_PROMPT | _OF_TOKENS | {"num_items_in_batch"}
+"""What a batch of text consists of; others, of images, run as TRL runs them."""
+
+
+class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
+    """TRL's ``GRPOTrainer`` (Shao et al. 2024, arXiv:2402.03300) with the compiled policy step.
+
+    Takes everything that TRL's does, ``options`` for the backend, ``compile=False`` to run the same step eagerly, and
+    learning rates as :class:`~unsloth.runtime.trainer.SFTTrainer` does. ``gradient_checkpointing`` is accepted and left
+    to the memory planner. With fresh adapters the reference is the model without them; with ``beta=0`` there is none.
+    Log-probabilities of the policy that sampled are computed only where updates come between. Losses with
+    ``top_entropy_quantile`` and losses that are not in :data:`~unsloth.runtime.policy_loss.LOSSES` are TRL's own, on
+    compiled log-probabilities; batches with images are TRL's altogether.
+
+    Args:
+        reward_errors: "raise" stops at a reward function that raises, or returns NaN or no number, and at a completion
+            that all of them judge with None; "skip" warns and leaves such completions out.
+
+    Raises:
+        DataError: for a prompt that fills the model's context, naming its row.
+        RewardError: from training, naming the reward function and the completion.
+    """
+
+    args: trl.GRPOConfig
+    _buffered_inputs: Any
+    _last_world_entropy: Any
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *,
+        compile: bool = True,
+        options: Mapping[str, Any] | None = None,
+        reward_errors: str = "raise",
+        **others: Any,
+    ) -> None:
+        if reward_errors not in ON_ERROR:
+            raise ValueError(
+                f"reward_errors cannot be {reward_errors!r}; it is one of {', '.join(map(repr, ON_ERROR))}"
+            )
+        if args is None:
+            path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = trl.GRPOConfig(f"{path.rsplit('/', 1)[-1]}-GRPO")
+        self.reward_errors = reward_errors
+        self._compiles = compile
+        super().__init__(model, args=args, reward_funcs=reward_funcs, compile=False, options=options, **others)
+        without_idle_copy(self.model)
+        self.reward_funcs = [
+            function if isinstance(function, nn.Module) else checked(function, name, reward_errors)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        self._step_of = self._evaluation = policy_step
+        self._score = score
+        if compile:
+            self._step_of = compiled(policy_step, self.options, self._reports)
+            self._score = compiled(score, self.options, self._reports)
+            # A few forward passes do not repay Inductor's minutes.
+            self._evaluation = compiled(policy_step, replace(self.options, lowering="eager"), self._reports)
+        self._head = Head(self.temperature, keeps_logits(self.accelerator.unwrap_model(self.model)))
+        self._loss = settings_of(self)
+        if self._loss is None:
+            logger.warning("this loss is TRL's, on compiled log-probabilities: only those of policy_loss are compiled")
+        self._buffer: Any = None  # the micro-batches of a generation, without idle padding
+        self._trained: Any = 0  # tokens of the micro-batch that was trained on last
+        self._context = context_of(self.model)
+        check_prompts(self, self.train_dataset, self._context)
+
+    # -- completions ---------------------------------------------------------------------------------------------------
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, *others = super()._tokenize_prompts(prompts)
+        if self._asks_for_completions and self._context is not None:
+            for index, tokens in enumerate(ids):
+                refuse_too_long(
+                    len(tokens), self._context, f"prompt {index} of the batch, {str(prompts[index])[:80]!r}"
+                )
+        return (ids, *others)
+
+    _asks_for_completions = False
+    _at_start_of_step: Any = None
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        self._asks_for_completions = True
+        try:
+            return super()._generate(prompts)
+        finally:
+            self._asks_for_completions = False
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(prompts)
+        judged = (~rewards[first : first + len(prompts)].isnan().all(dim=1)).tolist()
+        check_judged(
+            self.reward_func_names, judged, {"prompts": prompts, "completions": completions}, self.reward_errors
+        )
+        return rewards
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if not TEXT.issuperset(inputs):
+            return inputs
+        if not self.model.training:
+            return trimmed(inputs)
+        if self._buffered_inputs is not self._buffer:
+            self._buffer = self._buffered_inputs = [trimmed(part) for part in self._buffered_inputs]
+        return self._buffer[self._step % len(self._buffer)]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _note_start(self) -> None:
+        super()._note_start()
+        self._at_start_of_step = self._buffered_inputs  # a step that is stopped in its middle begins anew
+
+    def _fill(self, staged: Path, folder: Path) -> None:
+        super()._fill(staged, folder)
+        if not self.args.save_only_model:
+            batches = self._at_start_of_step if self._in_step else self._buffered_inputs
+            controller = {"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}
+            save_rollout(staged / self._rollout_name, batches, controller)
+
+    @property
+    def _rollout_name(self) -> str:
+        return f"rollout_{self.args.process_index}.safetensors"
+
+    def _read_progress(self, checkpoint: Path) -> Progress:
+        self._rollout = checkpoint / self._rollout_name
+        return super()._read_progress(checkpoint)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
+        if self._resumed is not None and self._rollout.is_file():
+            self._buffered_inputs, controller = load_rollout(self._rollout, self.args.device)
+            self.entropy_coef = controller.get("entropy_coef", self.entropy_coef)
+            self._last_world_entropy = controller.get("last_world_entropy", self._last_world_entropy)
+        self._buffer = self._at_start_of_step = self._buffered_inputs
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **media: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As TRL's, compiled; whoever asks with gradients may differentiate the entropy as well."""
+        if any(value is not None for value in media.values()):
+            rest = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
+            return super()._get_per_token_logps_and_entropies(model, *rest, **media)
+        head = self._head._replace(balance=compute_aux_loss)
+        parts = []
+        for ids, mask in zip(
+            input_ids.split(batch_size or len(input_ids)),
+            attention_mask.split(batch_size or len(input_ids)),
+            strict=True,
+        ):
+            inputs, targets = _without_idle_columns(ids, mask, logits_to_keep)
+            with self.accelerator.autocast():
+                graded = compute_entropy and torch.is_grad_enabled()
+                found = outside_of_ddp(self._score, model, inputs, targets, head, graded)
+            missing = (0, logits_to_keep - targets.shape[1])
+            parts.append(found._replace(log_p=F.pad(found.log_p, missing), entropy=F.pad(found.entropy, missing)))
+        log_p, entropy = (torch.cat([part[i] for part in parts]) for i in range(2))
+        balance = torch.stack([part.balance for part in parts]).mean() if compute_aux_loss else None
+        return log_p, entropy if compute_entropy else None, balance
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._trained = inputs["completion_mask"].sum() + inputs["prompt_mask"].sum()
+        if self._loss is None or not TEXT.issuperset(inputs):
+            return super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        run = self._step_of if self.model.training else self._evaluation
+        step: PolicyStep = outside_of_ddp(run, model, *self._arguments(inputs))
+        output, accumulated = step.output, self.current_gradient_accumulation_steps if mode == "train" else 1
+        if self.loss_type in PER_STEP:  # what they are divided by was counted over the whole generation
+            items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+            share = accumulated / (self.args.steps_per_generation or 1) if mode == "train" else 1.0
+            policy = loss = output.loss / (items * share)
+        else:
+            policy, loss = output.loss, output.loss / accumulated
+        if self._entropy_bonus_enabled:
+            loss = loss - self._entropy_weight() * output.bonus / accumulated
+            self._metrics[mode]["policy_loss"].append(self._everywhere(policy.detach().reshape(1)).nanmean())
+            self._follow_entropy(output.metrics["entropy"], mode)
+        if step.balance is not None:
+            loss = loss + self.router_aux_loss_coef * step.balance / accumulated
+            self._metrics[mode]["aux_loss"].append(self._everywhere(step.balance.detach().reshape(1)).mean())
+        self._note(output.metrics, output.per_completion, mode)
+        return loss
+
+    def _arguments(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Of :func:`policy_step`, for a micro-batch."""
+        given = {**inputs, "advantages": _column(inputs["advantages"])}
+        whole = {
+            "input_ids": torch.cat([given["prompt_ids"], given["completion_ids"]], dim=1),
+            "attention_mask": torch.cat([given["prompt_mask"], given["completion_mask"]], dim=1),
+        }
+        completed = given["completion_mask"]
+        if len(completed) == 1:  # nothing is padded once idle columns are gone
+            del whole["attention_mask"]
+        assert self._loss is not None
+        sampled = Sampled(
+            given["advantages"],
+            completed * given["tool_mask"] if "tool_mask" in given else completed,
+            given.get("old_per_token_logps"),
+            given.get("ref_per_token_logps"),
+            given.get("sampling_per_token_logps") if self._loss.off_policy_mask_threshold is not None else None,
+            given.get("importance_sampling_ratio"),
+        )
+        targets = given["completion_ids"].masked_fill(completed == 0, IGNORED)
+        _mark_lengths(*whole.values(), targets, *sampled)
+        return whole, targets, self._head._replace(balance=self.aux_loss_enabled), sampled, self._loss
+
+    def _tokens_of(self, inputs: Any) -> Any:
+        return self._trained
+
+    def _whole_because(self) -> str:
+        return "completions were generated, and are counted, for micro-batches of this size"
+
+    # -- what is logged, and what follows the entropy ------------------------------------------------------------------
+
+    def _everywhere(self, values: Tensor) -> Any:
+        return self.accelerator.gather(values) if self.args.world_size > 1 else values
+
+    def _summed(self, values: Tensor) -> Any:
+        return self.accelerator.reduce(values, reduction="sum") if self.args.world_size > 1 else values
+
+    def _note(self, metrics: Mapping[str, Tensor], per_completion: Mapping[str, Tensor], mode: str) -> None:
+        """Note metrics as tensors: reading them here would make every step wait for the device."""
+        sums = self._summed(torch.stack(list(metrics.values())))
+        for name, (total, count) in zip(metrics, sums, strict=True):
+            self._metrics[mode][name].append(total / count.clamp(min=1))
+        for name, values in per_completion.items():
+            known, least = self._everywhere(values), name.endswith("min")
+            worst = torch.inf if least else -torch.inf
+            found = torch.where(known.isnan(), worst, known)
+            extreme = found.amin() if least else found.amax()
+            self._metrics[mode][name].append(torch.where(extreme.isinf(), torch.nan, extreme))
+
+    def _entropy_weight(self) -> float:
+        """What the entropy counts in the loss: settled at the end of the step before."""
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return self.entropy_coef
+
+    def _follow_entropy(self, sum_and_count: Tensor, mode: str) -> None:
+        """Adapt the weight once a step, to the entropy of all tokens of all processes in it (TRL's controller)."""
+        last = self.accelerator.sync_gradients
+        if mode == "train" and self.use_adaptive_entropy:
+            before = self._entropy_window_stats
+            self._entropy_window_stats = sum_and_count if before is None else before + sum_and_count
+            if last:
+                total, count = self._summed(self._entropy_window_stats).tolist()
+                self._entropy_window_stats, self._last_world_entropy = None, total / max(count, 1.0)
+                low, change = self._last_world_entropy <= self.args.entropy_target, self.args.entropy_coef_delta
+                moved = self.entropy_coef + (change if low else -change)
+                self.entropy_coef = min(max(moved, self.args.entropy_coef_min), self.args.entropy_coef_max)
+        if mode == "train" and last:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for metrics in self._metrics.values():
+            for name, values in metrics.items():
+                metrics[name] = [float(value) for value in values]
+        super().log(logs, *args, **kwargs)
+
+
+def _column(advantages: Tensor) -> Tensor:
+    return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+
+
+def _mark_lengths(*tensors: Any) -> None:
+    """Lengths vary from batch to batch: one graph shall serve all of them."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] > 1:
+            with contextlib.suppress(AttributeError):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
+def _without_idle_columns(ids: Tensor, mask: Tensor, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and targets of rows that were padded to a common length with others, at both sides."""
+    used = mask.any(0).nonzero().flatten()[[0, -1]].tolist() if bool(mask.any()) else [0, ids.shape[1] - 1]
+    prompt = ids.shape[1] - tokens
+    first, end = min(used[0], prompt - 1), max(used[1] + 1, prompt + 1)
+    ids, mask = ids[:, first:end].contiguous(), mask[:, first:end].contiguous()
+    targets = ids.masked_fill(mask == 0, IGNORED)[:, prompt - first :].contiguous()
+    inputs = {"input_ids": ids} if len(ids) == 1 else {"input_ids": ids, "attention_mask": mask}
+    _mark_lengths(*inputs.values(), targets)
+    return inputs, targets
