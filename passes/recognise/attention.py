@@ -1,9 +1,9 @@
 """Scaled dot-product attention, with the mask proven and grouped keys and values handed over as they are stored.
 
-A mask goes into the operator only as a flag, a window or documents that were proven (:mod:`mask`); any other mask keeps
-the model's attention and its explicit tensor. ``repeat_kv``, which writes out every key head once per query head, is
-seen through where key and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the
-operator reads them.
+A mask goes into the operator as a flag, a window or documents where those were proven (:mod:`mask`), and as the tensor
+that it is where they were not. ``repeat_kv``, which writes out every key head once per query head, is seen through
+where key and value head ``h // n`` are shown to serve query head ``h``: that is the order in which the operator reads
+them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.attention import attention
+from ...kernels.masked_attention import masked_attention
 from ...kernels.operator import Operator
 from ...kernels.packed_attention import cu_seqlens, extents, packed_attention
-from ...kernels.sink_attention import sink_attention
+from ...kernels.sink_attention import masked_sink_attention, packed_sink_attention, sink_attention
 from ..rewrite import Call, Match, Miss, source_line, value
 from . import softmax_attention
 from .indexing import Shape, arguments, inside, integer, operand_of, shape_of
@@ -31,11 +32,14 @@ aten = torch.ops.aten
 _INDEX = sympy.symbols("batch head position channel", integer=True, nonnegative=True)
 
 
+KEPT = "the mask is kept"
+"""Stands in the variant of a match whose operator reads the mask as a tensor."""
+
 _Proofs = dict[tuple[fx.Node, Shape], Mask | Kept]
 
 
 class Attention:
-    """Finds attention, PyTorch's or written out, with a mask that is causal, a window, documents, or none at all.
+    """Finds attention, PyTorch's or written out, under any mask.
 
     Args:
         right_padded: see :func:`~unsloth.passes.recognise.mask.prove`.
@@ -69,53 +73,66 @@ class Attention:
 
     def _site(self, parts: Parts, causal: bool, proofs: _Proofs) -> Match | Miss:
         q, k, v, node = parts.q, parts.k, parts.v, parts.node
-        mask = Mask(frozenset({Causal()} if causal else ()))
+        mask: Mask | Kept = Mask(frozenset({Causal()} if causal else ()))
         if parts.mask is not None:
             scores = (*value(q).shape[:3], value(k).shape[2])
             key = parts.mask, tuple(map(integer, scores))
             if key not in proofs:
                 proofs[key] = prove(parts.mask, scores, right_padded=self.right_padded)
             mask = proofs[key]
-            if isinstance(mask, Kept):
-                return Miss(f"the mask is kept: {mask.reason}", node, mask.source_line, 2)
-        if reason := _mask_problem(mask, parts):
-            return Miss(reason, node, source_line(parts.mask or node), 2)
+        kept = f"{KEPT}: {mask.reason}" if isinstance(mask, Kept) else _mask_problem(mask, parts)
+        if kept and parts.mask is None:
+            return Miss(kept, node, source_line(node), 2)
         k, v, inner = _stored(k, v, value(q).shape[1])
-        target, args = _operator(mask, parts, k, v)
-        variant = ", ".join(filter(None, (str(mask), parts.sinks and "sinks", parts.variant)))
-        return Match(target, args, {node: 0}, parts.interior | inner, variant, (0, 1, 2))
+        if kept or isinstance(mask, Kept):
+            target, args = _explicit(parts, k, v)
+        else:
+            target, args = _operator(mask, parts, k, v)
+        variant = ", ".join(filter(None, (kept or str(mask), parts.sinks and "sinks", parts.variant)))
+        return Match(target, args, {node: 0}, parts.interior | inner, variant, _cast_under_autocast(parts, args))
 
 
 def _mask_problem(mask: Mask, parts: Parts) -> str | None:
-    """Why no operator has this mask."""
+    """Why no operator has this mask but one that is given it as a tensor."""
     queries, keys = value(parts.q).shape[2], value(parts.k).shape[2]
     if mask.window is not None and not mask.causal:
-        return f"{mask} without causal: no kernel, the mask is kept"
+        return f"{mask} without causal: no kernel, {KEPT}"
     if mask.causal and not statically_known_true(queries == keys):
-        return f"causal with {queries} queries and {keys} keys: aligned differently by kernels"
+        return f"causal with {queries} queries and {keys} keys: aligned differently by kernels, {KEPT}"
     if mask.documents is None:
         return None
-    if parts.sinks is not None:
-        return f"{mask} with sinks: no kernel, the mask is kept"
     numbers, batch = value(mask.documents).shape, value(parts.q).shape[0]
     if not statically_known_true(numbers[0] == batch) and not isinstance(batch, int):
-        return f"{mask}: one row of documents for a batch of unknown size, the mask is kept"
+        return f"{mask}: one row of documents for a batch of unknown size, {KEPT}"
     return None
+
+
+def _explicit(parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operator, tuple[Any, ...]]:
+    """The operator that is given the mask as it is, and its arguments."""
+    if parts.sinks is not None:
+        return masked_sink_attention, (parts.q, k, v, parts.sinks, parts.mask, parts.scale)
+    return masked_attention, (parts.q, k, v, parts.mask, parts.scale)
 
 
 def _operator(mask: Mask, parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operator, tuple[Any, ...]]:
     """The operator that has this mask, and its arguments."""
     how = mask.causal, parts.scale, mask.window
-    if parts.sinks is not None:
-        return sink_attention, (parts.q, k, v, parts.sinks, *how)
+    sinks = () if parts.sinks is None else (parts.sinks,)
     if mask.documents is None:
-        return attention, (parts.q, k, v, *how)
+        return sink_attention if sinks else attention, (parts.q, k, v, *sinks, *how)
     numbers: Any = mask.documents
     batch = value(parts.q).shape[0]
     if not statically_known_true(value(numbers).shape[0] == batch):
         numbers = Call(aten.expand.default, (numbers, [batch, -1]), shared=True)
     offsets = Call(cu_seqlens, (numbers,), shared=True)  # for all layers
-    return packed_attention, (parts.q, k, v, offsets, Call(extents, (offsets,), shared=True), *how)
+    where = offsets, Call(extents, (offsets,), shared=True)
+    return packed_sink_attention if sinks else packed_attention, (parts.q, k, v, *sinks, *where, *how)
+
+
+def _cast_under_autocast(parts: Parts, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Which arguments autocast converts: those of matrix products, and what PyTorch's attention adds to the scores."""
+    added = parts.mask is not None and not parts.variant and value(parts.mask).is_floating_point()
+    return (0, 1, 2, *(i for i, argument in enumerate(args) if added and argument is parts.mask))
 
 
 def _problem(q: fx.Node, k: fx.Node, v: fx.Node, given: dict[str, Any]) -> str | None:

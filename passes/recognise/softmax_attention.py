@@ -20,7 +20,7 @@ from ..pattern import Attempt, Found, Pattern, capture, cast, describe, function
 from ..rewrite import Miss, value
 from ..search import search
 from ..vocabulary import cat, sigmoid, tanh, unsqueeze
-from .indexing import arguments, inside, operand_of, shape_of
+from .indexing import arguments, inside, operand_of, same, shape_of
 
 aten = torch.ops.aten
 
@@ -181,12 +181,13 @@ _INDEX = sympy.symbols("batch head query key", integer=True, nonnegative=True)
 def _per_head(column: fx.Node) -> fx.Node | None:
     """The numbers [heads] of which a column of scores (or [batch, heads, queries]) repeats each for its head."""
     node, index = column, inside(shape_of(column), _INDEX[: value(column).dim()])
+    heads, found = index[1], None
     while True:
+        if index == (heads,) and same(shape_of(node)[0], shape_of(column)[1]):
+            found = node  # and further up: there may be conversions
         if is_cast(node) and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         elif (source := operand_of(node, index)) is not None:
             node, index = source
         else:
-            break
-    heads = inside(shape_of(column), _INDEX[: value(column).dim()])[1]
-    return node if value(node).dim() == 1 and index == (heads,) else None
+            return found

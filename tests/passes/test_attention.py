@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3C
 from tests.passes.recognising import assert_misses, assert_rewrites
 from tests.tracing import targets, trace
 from unsloth.compiler.capture import retrace
+from unsloth.kernels.masked_attention import masked_attention
 from unsloth.passes.recognise.attention import Attention
 from unsloth.passes.recognise.mask import prove
 from unsloth.passes.rewrite import Match, Miss
@@ -133,8 +134,10 @@ def test_causal_over_other_lengths_is_refused(dynamic: bool) -> None:
         mask = torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    for function in causal, masked:
-        assert missed(function, heads(4, 6), heads(4, 9), heads(4, 9), dynamic=dynamic).startswith("causal with ")
+    arguments = heads(4, 6), heads(4, 9), heads(4, 9)
+    assert missed(causal, *arguments, dynamic=dynamic).startswith("causal with ")
+    match = matched(masked, *arguments, dynamic=dynamic)
+    assert match.operator is masked_attention and match.variant.startswith("causal with ")
 
 
 @MODES
@@ -152,25 +155,25 @@ def test_a_proven_window_becomes_a_number(dynamic: bool) -> None:
 
 
 @MODES
-def test_a_window_that_sees_ahead_is_kept(dynamic: bool) -> None:
+def test_a_window_that_sees_ahead_stays_a_tensor(dynamic: bool) -> None:
     def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         return scaled_dot_product_attention(q, k, v, attn_mask=positions[:, None] - positions < 4)
 
-    reason = "window 4 without causal: no kernel, the mask is kept"
-    assert missed(windowed, heads(4), heads(4), heads(4), dynamic=dynamic) == reason
+    match = matched(windowed, heads(4), heads(4), heads(4), dynamic=dynamic)
+    assert match.operator is masked_attention and match.args[3] is match.anchor.args[3]
+    assert match.variant == "window 4 without causal: no kernel, the mask is kept"
 
 
-def test_a_padding_mask_is_kept_and_says_where_it_is_made() -> None:
+def test_a_padding_mask_stays_a_tensor() -> None:
     def padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         mask = (positions <= positions[:, None]) & attention_mask[:, None, None, :].bool()
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    result = found(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
-    assert isinstance(result, Miss)
-    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
-    assert result.source_line is not None and result.source_line.startswith("test_attention.py:")
+    match = matched(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
+    assert match.operator is masked_attention and match.args[3] is match.anchor.args[3] and match.autocast == (0, 1, 2)
+    assert match.variant == "the mask is kept: depends on the input attention_mask (padding)"
 
 
 def padded_on_the_right(mask_of: Callable[[Tensor, Tensor], Tensor]) -> Match | Miss:
@@ -202,7 +205,8 @@ def test_padding_on_the_right_needs_no_mask_beside_causal() -> None:
 )
 def test_the_promise_of_padding_on_the_right_covers_nothing_else(mask_of: Any, reason: str) -> None:
     result = padded_on_the_right(mask_of)
-    assert isinstance(result, Miss) and result.reason.startswith("the mask is kept: ") and reason in result.reason
+    assert isinstance(result, Match) and result.operator is masked_attention
+    assert result.variant.startswith("the mask is kept: ") and reason in result.variant
 
 
 def test_three_dimensions_are_refused() -> None:
@@ -461,12 +465,11 @@ def test_a_window_is_as_wide_as_the_model_says(dynamic: bool) -> None:
         assert torch.equal(after, before) is not seen
 
 
-def test_a_model_with_padding_keeps_its_mask() -> None:
+def test_a_model_with_padding_hands_its_mask_over() -> None:
     ones = torch.ones(2, LENGTH, dtype=torch.int64)
     (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, attention_mask=ones)
-    assert isinstance(result, Miss)
-    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
-    assert str(result.source_line).startswith("masking_utils.py:")
+    assert isinstance(result, Match) and result.operator is masked_attention
+    assert result.variant == "the mask is kept: depends on the input attention_mask (padding)"
 
 
 # -- packed documents --------------------------------------------------------------------------------------------------
@@ -580,8 +583,6 @@ NEARLY: dict[str, tuple[Callable[..., Tensor], str]] = {
     "dropped": (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v, "dropped with probability 0.5"),
     "over queries": (lambda q, k, v: (q @ k.mT * 0.3).softmax(-2) @ v, "not over the keys alone"),
     "capped": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT * 0.3 / 50.0) * 50.0 + _added(q), v), "capped by tanh"),
-    "a learnt bias": (lambda q, k, v: (q @ k.mT * 0.3 + q.mean()).softmax(-1) @ v, "the mask is kept: "),
-    "shifted": (lambda q, k, v: (q @ k.mT * 0.3 + _added(q).roll(1, 0)).softmax(-1) @ v, "the mask is kept: "),
     "a sink per query": (
         lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
         "the sinks are no number per head",
@@ -610,3 +611,65 @@ def test_values_narrower_than_queries() -> None:
 
     arguments = (heads(4, 5, 24), heads(4, 5, 24), heads(4, 5, 16))
     assert_rewrites(Attention(), latent, *arguments, to="attention", variant="causal")
+
+
+# -- masks that stay tensors -------------------------------------------------------------------------------------------
+
+
+def _seen(q: Tensor, data: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[2])
+    return (positions <= positions[:, None]) & (data[:, None, None, :] > -0.5)
+
+
+EXPLICIT: dict[str, Callable[..., Tensor]] = {
+    "boolean": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, attn_mask=_seen(q, m)),
+    "added": lambda q, k, v, m: scaled_dot_product_attention(
+        q, repeated(k[:, :2], 2), repeated(v[:, :2], 2), attn_mask=torch.where(_seen(q, m), 0.0, float("-inf"))
+    ),
+    "a learnt bias": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, attn_mask=m[:, None, :, None] * m[0]),
+    "written out": lambda q, k, v, m: _softmax(q @ k.mT * 0.3 + torch.where(_seen(q, m), 0.0, -1e9), v),
+    "written out, a learnt bias": lambda q, k, v, m: (q @ k.mT * 0.3 + m[0]).softmax(-1) @ v,
+    "written out, shifted": lambda q, k, v, m: (q @ k.mT * 0.3 + _added(q).roll(1, 0)).softmax(-1) @ v,
+    "a sink": lambda q, k, v, m: (
+        _column(q @ k.mT * 0.3 + torch.where(_seen(q, m), 0.0, -1e9), m[0, :4]).softmax(-1)[..., :-1] @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_a_mask_that_stays_a_tensor(name: str) -> None:
+    """Results and gradients, those of what the mask is made of included, are eager's."""
+    torch.manual_seed(0)
+    data = torch.randn(2, 5, requires_grad="learnt" in name or "sink" in name)
+    data.data[:, 0] = 1.0  # no query sees nothing
+    to = "masked_sink_attention" if name == "a sink" else "masked_attention"
+    arguments = heads(4, 5), heads(4, 5), heads(4, 5), data
+    assert_rewrites(Attention(), lambda *x: _flat(EXPLICIT[name](*x)), *arguments, to=to)
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["as it is", "autocast"])
+def test_what_is_added_is_converted_as_autocast_does(enabled: bool) -> None:
+    """By PyTorch's attention, which is one of the operators that autocast casts for."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return _flat(scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    arguments = heads(4, 5), heads(4, 5), heads(4, 5), torch.randn(2, 1, 5, 5)
+    assert_rewrites(Attention(), attend, *arguments, to="masked_attention", tolerance=2e-2 if enabled else 1e-5)
+
+
+def test_sinks_in_packed_documents() -> None:
+    """As gpt-oss has them: a column of the scores, and documents that positions tell apart."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, position_ids: Tensor) -> Tensor:
+        document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        seen = torch.arange(5) <= torch.arange(5)[:, None]
+        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        scores = _column(q @ repeated(k, 2).mT * 0.3 + torch.where(seen, 0.0, torch.finfo(q.dtype).min), sinks)
+        return _flat(_less_its_maximum(scores).softmax(-1)[..., :-1] @ repeated(v, 2))
+
+    arguments = heads(4, 5), heads(2, 5), heads(2, 5), torch.randn(4, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    variant = "causal ∧ documents, sinks, a sink as a column"
+    assert_rewrites(Attention(), attend, *arguments, positions, to="packed_sink_attention", variant=variant)
