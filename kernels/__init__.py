@@ -5,6 +5,7 @@
 if __name__ != "kernels":
     from . import (
         attention,
+        capped_attention,
         glu,
         linear_cross_entropy,
         lora_linear,
@@ -19,6 +20,7 @@ if __name__ != "kernels":
 
     __all__ = [
         "attention",
+        "capped_attention",
         "glu",
         "linear_cross_entropy",
         "lora_linear",
