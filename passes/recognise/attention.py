@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ...kernels.attention import attention
+from ...kernels.capped_attention import capped_attention, document_starts
 from ...kernels.masked_attention import masked_attention
 from ...kernels.operator import Operator
 from ...kernels.packed_attention import cu_seqlens, extents, packed_attention
@@ -83,6 +84,8 @@ class Attention:
         kept = f"{KEPT}: {mask.reason}" if isinstance(mask, Kept) else _mask_problem(mask, parts)
         if kept and parts.mask is None:
             return Miss(kept, node, source_line(node), 2)
+        if parts.cap is not None and (reason := _cap_problem(mask, kept)):
+            return Miss(reason, node, source_line(node), 2)
         k, v, inner = _stored(k, v, value(q).shape[1])
         if kept or isinstance(mask, Kept):
             target, args = _explicit(parts, k, v)
@@ -107,6 +110,13 @@ def _mask_problem(mask: Mask, parts: Parts) -> str | None:
     return None
 
 
+def _cap_problem(mask: Mask | Kept, kept: str | None) -> str | None:
+    """Why no operator caps scores under this mask."""
+    if kept or isinstance(mask, Kept):
+        return f"the scores are capped by tanh, for which there is no kernel here: {kept}"
+    return None if mask.causal else f"the scores are capped by tanh, for which there is no kernel: {mask}"
+
+
 def _explicit(parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operator, tuple[Any, ...]]:
     """The operator that is given the mask as it is, and its arguments."""
     if parts.sinks is not None:
@@ -118,15 +128,22 @@ def _operator(mask: Mask, parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operato
     """The operator that has this mask, and its arguments."""
     how = mask.causal, parts.scale, mask.window
     sinks = () if parts.sinks is None else (parts.sinks,)
-    if mask.documents is None:
+    numbers = None if mask.documents is None else _rows_of(mask.documents, value(parts.q).shape[0])
+    if parts.cap is not None:
+        starts = None if numbers is None else Call(document_starts, (numbers,), shared=True)
+        return capped_attention, (parts.q, k, v, starts, parts.scale, mask.window, parts.cap)
+    if numbers is None:
         return sink_attention if sinks else attention, (parts.q, k, v, *sinks, *how)
-    numbers: Any = mask.documents
-    batch = value(parts.q).shape[0]
-    if not statically_known_true(value(numbers).shape[0] == batch):
-        numbers = Call(aten.expand.default, (numbers, [batch, -1]), shared=True)
     offsets = Call(cu_seqlens, (numbers,), shared=True)  # for all layers
     where = offsets, Call(extents, (offsets,), shared=True)
     return packed_sink_attention if sinks else packed_attention, (parts.q, k, v, *sinks, *where, *how)
+
+
+def _rows_of(numbers: fx.Node, batch: int | torch.SymInt) -> fx.Node | Call:
+    """The numbers of documents with a row per row of the batch."""
+    if statically_known_true(value(numbers).shape[0] == batch):
+        return numbers
+    return Call(aten.expand.default, (numbers, [batch, -1]), shared=True)
 
 
 def _cast_under_autocast(parts: Parts, args: tuple[Any, ...]) -> tuple[int, ...]:

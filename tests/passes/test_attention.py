@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+    masking_utils,
+)
 
 from tests.passes.recognising import assert_misses, assert_rewrites
 from tests.tracing import targets, trace
@@ -582,7 +592,11 @@ def test_written_out(name: str) -> None:
 NEARLY: dict[str, tuple[Callable[..., Tensor], str]] = {
     "dropped": (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v, "dropped with probability 0.5"),
     "over queries": (lambda q, k, v: (q @ k.mT * 0.3).softmax(-2) @ v, "not over the keys alone"),
-    "capped": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT * 0.3 / 50.0) * 50.0 + _added(q), v), "capped by tanh"),
+    "capped, seeing ahead": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT / 9.0) * 9.0, v), "capped by tanh"),
+    "capped, a learnt bias": (
+        lambda q, k, v: _softmax(torch.tanh(q @ k.mT / 9.0) * 9.0 + q[..., :1], v),
+        "capped by tanh, for which there is no kernel here: the mask is kept",
+    ),
     "a sink per query": (
         lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
         "the sinks are no number per head",
@@ -673,3 +687,94 @@ def test_sinks_in_packed_documents() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
     variant = "causal ∧ documents, sinks, a sink as a column"
     assert_rewrites(Attention(), attend, *arguments, positions, to="packed_sink_attention", variant=variant)
+
+
+CAPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "as Gemma 2 writes it": lambda q, k: torch.tanh(q @ k.mT * 0.3 / 1.5) * 1.5,
+    "times the inverse": lambda q, k: 1.5 * torch.tanh((q @ k.mT * 0.3) * (1 / 1.5)),
+    "in one factor": lambda q, k: 1.5 * torch.tanh(q @ k.mT * 0.2),
+}
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_scores(name: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _flat(_softmax(CAPPED[name](q, repeated(k, 2)) + _added(q), repeated(v, 2)))
+
+    arguments = heads(4, 5), heads(2, 5), heads(2, 5)
+    assert_rewrites(Attention(), attend, *arguments, to="capped_attention", variant="causal, capped by tanh")
+
+
+def test_capped_scores_in_a_model_with_windows_and_documents() -> None:
+    """Gemma 2's two kinds of layers on a packed batch: no mask is left, loss and gradients are eager's."""
+    config = Gemma2Config(
+        **COMMON, head_dim=8, num_hidden_layers=2, sliding_window=3, attn_logit_softcapping=1.0, query_pre_attn_scalar=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        expected = {"causal ∧ documents ∧ window 3, capped by tanh", "causal ∧ documents, capped by tanh"}
+        assert {s.detail for s in report.rewritten} == expected and not report.missed, report
+        assert targets(result).count("document_starts") == 2  # transformers counts documents once per kind of mask
+        return result
+
+    torch._dynamo.reset()
+    ids = torch.randint(1, 64, (2, LENGTH))
+    gradients = []
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        loss = run(input_ids=ids, position_ids=PACKED, labels=ids, use_cache=False).loss
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_sinks_in_a_model_on_a_packed_batch() -> None:
+    """gpt-oss: sinks, a window in every other layer, documents; no mask is left, loss and gradients are eager's.
+
+    Its model in transformers tells no documents apart by itself, but takes masks that do.
+    """
+    config = GptOssConfig(
+        **COMMON, head_dim=8, num_hidden_layers=2, sliding_window=3, num_local_experts=2, num_experts_per_tok=1
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+    def loss_of(ids: Tensor, position_ids: Tensor) -> Tensor:
+        given = {
+            "config": config, "inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": None,
+            "past_key_values": None, "position_ids": position_ids,
+        }  # fmt: skip
+        masks = {
+            "full_attention": masking_utils.create_causal_mask(**given),
+            "sliding_attention": masking_utils.create_sliding_window_causal_mask(**given),
+        }
+        return model(input_ids=ids, attention_mask=masks, position_ids=position_ids, labels=ids, use_cache=False).loss
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        expected = {f"causal ∧ documents{window}, sinks, a sink as a column" for window in ("", " ∧ window 3")}
+        assert {s.detail for s in report.rewritten} == expected and not report.missed, report
+        return result
+
+    torch._dynamo.reset()
+    ids = torch.randint(1, 64, (2, LENGTH))
+    gradients = []
+    for run in (loss_of, torch.compile(loss_of, backend=backend, fullgraph=True)):
+        loss = run(ids, PACKED)
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_products_of_a_batch_of_heads() -> None:
+    """The scores as ``baddbmm`` of zeros."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batched = (x.reshape(-1, 5, 8) for x in (q, k))
+        scores = torch.baddbmm(torch.zeros(8, 5, 5), next(batched), next(batched).transpose(1, 2), beta=1.0, alpha=0.3)
+        return _flat((scores.view(2, 4, 5, 5) + _added(q)).softmax(-1) @ v)
+
+    assert_rewrites(Attention(), attend, *(heads(4, 5) for _ in range(3)), to="attention")
