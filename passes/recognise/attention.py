@@ -102,12 +102,14 @@ def _mask_problem(mask: Mask, parts: Parts) -> str | None:
         return f"{mask} without causal: no kernel, {KEPT}"
     if mask.causal and not statically_known_true(queries == keys):
         return f"causal with {queries} queries and {keys} keys: aligned differently by kernels, {KEPT}"
-    if mask.documents is None:
+    if mask.chunks and not statically_known_true(queries == keys):
+        return f"{mask} with {queries} queries and {keys} keys, {KEPT}"
+    batch = value(parts.q).shape[0]
+    per_row = mask.documents is None or _has_batch(mask.documents, batch, 2)
+    per_row = per_row and (not mask.chunks or (parts.mask is not None and _has_batch(parts.mask, batch, 4)))
+    if per_row or isinstance(batch, int):
         return None
-    numbers, batch = value(mask.documents).shape, value(parts.q).shape[0]
-    if not statically_known_true(numbers[0] == batch) and not isinstance(batch, int):
-        return f"{mask}: one row of documents for a batch of unknown size, {KEPT}"
-    return None
+    return f"{mask}: one row of documents for a batch of unknown size, {KEPT}"
 
 
 def _cap_problem(mask: Mask | Kept, kept: str | None) -> str | None:
@@ -128,7 +130,7 @@ def _operator(mask: Mask, parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operato
     """The operator that has this mask, and its arguments."""
     how = mask.causal, parts.scale, mask.window
     sinks = () if parts.sinks is None else (parts.sinks,)
-    numbers = None if mask.documents is None else _rows_of(mask.documents, value(parts.q).shape[0])
+    numbers = _pieces(mask, parts)
     if parts.cap is not None:
         starts = None if numbers is None else Call(document_starts, (numbers,), shared=True)
         return capped_attention, (parts.q, k, v, starts, parts.scale, mask.window, parts.cap)
@@ -139,11 +141,40 @@ def _operator(mask: Mask, parts: Parts, k: fx.Node, v: fx.Node) -> tuple[Operato
     return packed_sink_attention if sinks else packed_attention, (parts.q, k, v, *sinks, *where, *how)
 
 
-def _rows_of(numbers: fx.Node, batch: int | torch.SymInt) -> fx.Node | Call:
-    """The numbers of documents with a row per row of the batch."""
-    if statically_known_true(value(numbers).shape[0] == batch):
-        return numbers
-    return Call(aten.expand.default, (numbers, [batch, -1]), shared=True)
+def _pieces(mask: Mask, parts: Parts) -> fx.Node | Call | None:
+    """[batch, length]: numbers that are equal where tokens may see each other, and never decrease along a row.
+
+    Those of documents and of chunks both never decrease, so their sum is equal where both are.
+    """
+    batch = value(parts.q).shape[0]
+    pieces: fx.Node | Call | None = None
+    if mask.documents is not None:
+        pieces = mask.documents
+        if not _has_batch(mask.documents, batch, 2):
+            pieces = Call(aten.expand.default, (pieces, [batch, -1]), shared=True)
+    for size in mask.chunks:
+        assert parts.mask is not None  # in which they were found
+        chunks = Call(aten.floor_divide.default, (_positions(parts.mask, batch), size), shared=True)
+        pieces = chunks if pieces is None else Call(aten.add.Tensor, (pieces, chunks), shared=True)
+    return pieces
+
+
+def _positions(mask: fx.Node, batch: int | torch.SymInt) -> Call:
+    """[batch, length] of a mask [..., length, length]: only its shape is read, and layers share it, and so these."""
+    row = Call(aten.select.int, (mask, -2, 0), shared=True)
+    if not _has_batch(mask, batch, 4):
+        for _ in range(value(mask).dim() - 2):
+            row = Call(aten.select.int, (row, 0, 0), shared=True)
+        row = Call(aten.expand.default, (row, [batch, -1]), shared=True)
+    else:
+        row = Call(aten.select.int, (row, 1, 0), shared=True)
+    ones = Call(aten.ones_like.default, (row,), {"dtype": torch.int64}, shared=True)
+    return Call(aten.sub.Tensor, (Call(aten.cumsum.default, (ones, -1), shared=True), 1), shared=True)
+
+
+def _has_batch(x: fx.Node, batch: int | torch.SymInt, dims: int) -> bool:
+    """Whether documents (of 2 dimensions) or a mask (of 4) are known to have a part of their own for each row."""
+    return value(x).dim() == dims and statically_known_true(value(x).shape[0] == batch)
 
 
 def _cast_under_autocast(parts: Parts, args: tuple[Any, ...]) -> tuple[int, ...]:

@@ -778,3 +778,35 @@ def test_products_of_a_batch_of_heads() -> None:
         return _flat((scores.view(2, 4, 5, 5) + _added(q)).softmax(-1) @ v)
 
     assert_rewrites(Attention(), attend, *(heads(4, 5) for _ in range(3)), to="attention")
+
+
+@pytest.mark.parametrize(("packed", "dynamic"), [(False, False), (False, True), (True, False)])
+def test_chunks_are_documents(packed: bool, dynamic: bool) -> None:
+    """As Llama 4 has them; in a packed batch a chunk and a document both end what a query sees. Layers share both."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        index = torch.arange(q.shape[2])
+        seen = (index <= index[:, None]) & (index // 3 == index[:, None] // 3)
+        if position_ids is not None:
+            document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+            seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        seen = seen.expand(q.shape[0], 1, -1, -1)
+        x = scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return _flat(scaled_dot_product_attention(x, k, v, attn_mask=seen))
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        variant = "causal ∧ chunks of 3" + " ∧ documents" * packed
+        assert [s.detail for s in report.rewritten] == [variant] * 2 and not report.missed, report
+        assert [targets(result).count(name) for name in ("cu_seqlens", "packed_attention")] == [1, 2]
+        return result
+
+    torch._dynamo.reset()
+    args = heads(4), heads(2), heads(2)
+    args = args[0], *(repeated(x, 2).detach().requires_grad_() for x in args[1:])
+    positions = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0]])
+    function = symbolic(attend, *args) if dynamic else attend
+    given = (*args, positions) if packed else args
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(*given).square().sum(), args) for f in (compiled, function))
+    torch.testing.assert_close(got, wanted)

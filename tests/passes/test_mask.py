@@ -18,7 +18,7 @@ from transformers import masking_utils as hf
 from tests.tracing import trace
 from unsloth.passes.recognise.elements import Elements
 from unsloth.passes.recognise.indexing import integer
-from unsloth.passes.recognise.mask import BATCH, HEAD, KEY, QUERY, Causal, Kept, Mask, Window, prove, visibility
+from unsloth.passes.recognise.mask import BATCH, HEAD, KEY, QUERY, Causal, Chunks, Kept, Mask, Window, prove, visibility
 from unsloth.passes.recognise.predicate import And, Atom, Formula, Or
 from unsloth.passes.recognise.values import HIDDEN, Unknown, unknowns
 
@@ -133,6 +133,21 @@ def test_a_window_that_reaches_everything_is_none() -> None:
     assert proven(builder, dynamic=True) == Mask(frozenset({Causal(), Window(12)}))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+def test_chunks(dynamic: bool) -> None:
+    for builder in (
+        lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 4),
+        lambda q, k: _causal(q, k) & (torch.div(_rows(q), 4, rounding_mode="floor") == _columns(k) // 4),
+        lambda q, k: _causal(q, k) & ((_columns(k) - torch.zeros(1, dtype=torch.int64)) // 4 == _rows(q) // 4),
+    ):
+        result = proven(builder, dynamic=dynamic)
+        assert result == Mask(frozenset({Causal(), Chunks(4)})) and str(result) == "causal ∧ chunks of 4"
+
+
+def test_one_chunk_is_none() -> None:
+    assert proven(lambda q, k: _causal(q, k) & (_columns(k) // 12 == _rows(q) // 12)) == Mask(frozenset({Causal()}))
+
+
 NEAR_CAUSAL: dict[str, tuple[Builder, str]] = {
     "strict": (lambda q, k: _columns(k) < _rows(q), "no kind of mask"),
     "shifted by one": (lambda q, k: _columns(k) <= _rows(q) + 1, "no kind of mask"),
@@ -141,7 +156,13 @@ NEAR_CAUSAL: dict[str, tuple[Builder, str]] = {
     "diagonal of tril": (lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(1), "no kind of mask"),
     "diagonal of triu": (lambda q, k: torch.full((q, k), float("-inf")).triu(), "no kind of mask"),
     "steps of two": (lambda q, k: torch.arange(0, 2 * k, 2) <= _rows(q), "no kind of mask"),
-    "chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 4), "unknown operation aten.floor_divide"),
+    "shifted chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == (_rows(q) + 1) // 4), "no kind of mask"),
+    "chunks of two sizes": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 3), "no kind of mask"),
+    "later chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 != _rows(q) // 4), "no kind of mask"),
+    "rounded towards zero": (
+        lambda q, k: _causal(q, k) & (torch.div(_columns(k) - 5, 4, rounding_mode="trunc") == _rows(q) // 4),
+        "of this rounding",
+    ),
     "except one key": (lambda q, k: _causal(q, k) & (_columns(k) != 3), "no kind of mask"),
     "or the first keys": (lambda q, k: _causal(q, k) | (_columns(k) < 3), "no kind of mask"),
     "hides nothing it should": (lambda q, k: _added(_causal(q, k), -100.0), "the number -100.0"),
@@ -462,6 +483,8 @@ def meaning(mask: Mask, queries: int, keys: int, values: dict[fx.Node, Any]) -> 
         visible = visible & (back >= 0)
     if mask.window is not None:
         visible = visible & (back < mask.window)
+    for size in mask.chunks:
+        visible = visible & (torch.arange(queries)[:, None] // size == torch.arange(keys) // size)
     if mask.documents is not None:
         numbers = values[mask.documents]
         assert (numbers.diff() >= 0).all()  # a document lies in one piece
@@ -533,7 +556,8 @@ def test_conjunctions_of_transformers(
     for mask, names in zip(nodes, conjunctions, strict=True):
         result = prove(mask, (2, 4, length, length))
         if isinstance(result, Kept):
-            simple = all(name in ("causal", "documents") or name[0] == "window" for name in names)
+            simple = all(name in ("causal", "documents") or name[0] in ("window", "chunks") for name in names)
+            simple = simple and not (remapped and "chunks" in {name[0] for name in names})  # at positions: not indices
             assert not simple, result.reason
             continue
         assert "padding" not in names
