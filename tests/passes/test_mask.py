@@ -495,8 +495,8 @@ def meaning(mask: Mask, queries: int, keys: int, values: dict[fx.Node, Any]) -> 
 # -- as transformers builds them ---------------------------------------------------------------------------------------
 
 _FUNCTIONS = st.one_of(
-    st.sampled_from(["causal", "bidirectional", "documents", "padding"]),
-    st.tuples(st.sampled_from(["window", "window both ways", "chunks"]), st.integers(1, 9)),
+    st.sampled_from(["causal", "bidirectional", "documents", "padding", "prefix of the row"]),
+    st.tuples(st.sampled_from(["window", "window both ways", "chunks", "prefix"]), st.integers(1, 9)),
 )
 
 
@@ -510,6 +510,10 @@ def _function(name: Any, inputs: dict[str, Tensor], documents: Tensor) -> Callab
             return hf.packed_sequence_mask_function(documents)
         case "padding":
             return hf.padding_mask_function(inputs["attention_mask"].bool())
+        case "prefix of the row":
+            return hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < inputs["prefix"][b])
+        case ("prefix", length):
+            return hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < length)
         case ("window", width):
             return hf.sliding_window_overlay(width)
         case ("window both ways", width):
@@ -525,15 +529,22 @@ def _function(name: Any, inputs: dict[str, Tensor], documents: Tensor) -> Callab
     additive=st.booleans(),
     rows=st.lists(st.lists(st.integers(1, 5), min_size=4, max_size=4), min_size=2, max_size=2),
     start=st.integers(0, 3),
+    pads=st.lists(st.integers(0, 3), min_size=2, max_size=2),
+    left=st.booleans(),
 )
 def test_conjunctions_of_transformers(
-    conjunctions: list[list[Any]], remapped: bool, additive: bool, rows: list[list[int]], start: int
-) -> None:
-    """500 random conjunctions of its mask functions are proven to be exactly the tensor they make, or kept."""
+    conjunctions: list[list[Any]], remapped: bool, additive: bool, rows: list[list[int]], start: int,
+    pads: list[int], left: bool,
+) -> None:  # fmt: skip
+    """500 random conjunctions of its mask functions are proven to be exactly the tensor they make, or kept.
+
+    Under the promise of padding on the right they are, in the rows of tokens, where the promise holds.
+    """
     length = 7
     positions = torch.stack([torch.cat([torch.arange(start, start + n) for n in row] * 2)[:length] for row in rows])
 
-    def build(position_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    def build(position_ids: Tensor, attention_mask: Tensor, prefix: Tensor) -> list[Tensor]:
+        given = {"attention_mask": attention_mask, "prefix": prefix}
         documents = hf.find_packed_sequence_indices(position_ids)
         assert documents is not None
         arange = torch.arange(length)
@@ -541,20 +552,29 @@ def test_conjunctions_of_transformers(
         index += (arange[None, None, :, None], arange[None, None, None, :])
         masks = []
         for names in conjunctions:
-            function = hf.and_masks(*(_function(name, {"attention_mask": attention_mask}, documents) for name in names))
-            if remapped and not {"documents", "padding"} & set(map(str, names)):  # those are read at indices
+            function = hf.and_masks(*(_function(name, given, documents) for name in names))
+            if remapped and not {"documents", "padding", "prefix of the row"} & set(
+                map(str, names)
+            ):  # those are read at indices
                 function = hf.remap_positions_for_packed_sequence(function, position_ids)
                 function = hf.and_masks(function, hf.packed_sequence_mask_function(documents))
             mask = function(*index).expand(2, 1, length, length)
             masks.append(torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask)
         return masks
 
-    inputs = positions, torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    padding = [[0] * n + [1] * (length - n) if left else [1] * (length - n) + [0] * n for n in pads]
+    inputs = positions, torch.tensor(padding), torch.tensor([2, 4])
     gm = make_fx(build, pre_dispatch=True, tracing_mode="fake")(*inputs)
     (nodes,) = (n.args[0] for n in gm.graph.nodes if n.op == "output")
     values = recorded(gm, *inputs)
     for mask, names in zip(nodes, conjunctions, strict=True):
         result = prove(mask, (2, 4, length, length))
+        if "padding" in names and not left:
+            promised = prove(mask, (2, 4, length, length), right_padded=True)
+            if isinstance(promised, Mask):
+                real, tokens = (values[mask] == 0 if additive else values[mask]), inputs[1].bool()
+                meant = meaning(promised, length, length, values).expand_as(real)
+                assert torch.equal(meant.transpose(1, 2)[tokens], real.transpose(1, 2)[tokens]), str(promised)
         if isinstance(result, Kept):
             simple = all(name in ("causal", "documents") or name[0] in ("window", "chunks") for name in names)
             simple = simple and not (remapped and "chunks" in {name[0] for name in names})  # at positions: not indices
