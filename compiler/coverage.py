@@ -26,7 +26,8 @@ from ..passes.rewrite import module_path, source_line, value
 aten = torch.ops.aten
 
 FAMILIES = (
-    "norm", "layer norm", "rotation", "attention", "gated MLP", "linear", "grouped expert product", "single expert product", "loss",
+    "norm", "layer norm", "rotation", "attention", "gated MLP", "linear", "grouped expert product",
+    "single expert product", "loss",
 )  # fmt: skip
 LEFT = {
     "layer norm": "left to Inductor, which makes one kernel of it and of what stands around it",
