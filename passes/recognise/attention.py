@@ -75,7 +75,9 @@ class Attention:
     def _site(self, parts: Parts, causal: bool, proofs: _Proofs) -> Match | Miss:
         q, k, v, node = parts.q, parts.k, parts.v, parts.node
         mask: Mask | Kept = Mask(frozenset({Causal()} if causal else ()))
-        if parts.mask is not None:
+        if isinstance(parts.mask, Call):
+            mask = Kept("it stands in the place of scores", node, source_line(node))
+        elif parts.mask is not None:
             scores = (*value(q).shape[:3], value(k).shape[2])
             key = parts.mask, tuple(map(integer, scores))
             if key not in proofs:
@@ -106,7 +108,7 @@ def _mask_problem(mask: Mask, parts: Parts) -> str | None:
         return f"{mask} with {queries} queries and {keys} keys, {KEPT}"
     batch = value(parts.q).shape[0]
     per_row = mask.documents is None or _has_batch(mask.documents, batch, 2)
-    per_row = per_row and (not mask.chunks or (parts.mask is not None and _has_batch(parts.mask, batch, 4)))
+    per_row = per_row and (not mask.chunks or (isinstance(parts.mask, fx.Node) and _has_batch(parts.mask, batch, 4)))
     if per_row or isinstance(batch, int):
         return None
     return f"{mask}: one row of documents for a batch of unknown size, {KEPT}"
@@ -153,7 +155,7 @@ def _pieces(mask: Mask, parts: Parts) -> fx.Node | Call | None:
         if not _has_batch(mask.documents, batch, 2):
             pieces = Call(aten.expand.default, (pieces, [batch, -1]), shared=True)
     for size in mask.chunks:
-        assert parts.mask is not None  # in which they were found
+        assert isinstance(parts.mask, fx.Node)  # in which they were found
         chunks = Call(aten.floor_divide.default, (_positions(parts.mask, batch), size), shared=True)
         pieces = chunks if pieces is None else Call(aten.add.Tensor, (pieces, chunks), shared=True)
     return pieces
@@ -179,7 +181,7 @@ def _has_batch(x: fx.Node, batch: int | torch.SymInt, dims: int) -> bool:
 
 def _cast_under_autocast(parts: Parts, args: tuple[Any, ...]) -> tuple[int, ...]:
     """Which arguments autocast converts: those of matrix products, and what PyTorch's attention adds to the scores."""
-    added = parts.mask is not None and not parts.variant and value(parts.mask).is_floating_point()
+    added = isinstance(parts.mask, fx.Node) and not parts.variant and value(parts.mask).is_floating_point()
     return (0, 1, 2, *(i for i, argument in enumerate(args) if added and argument is parts.mask))
 
 

@@ -17,11 +17,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..pattern import Attempt, Found, Pattern, capture, cast, describe, function, is_cast, number
-from ..rewrite import Miss, value
+from ..rewrite import Call, Miss, value
 from ..search import search
 from ..soundness import same_sizes
 from ..vocabulary import cat, sigmoid, tanh, unsqueeze, view
+from .elements import Elements
 from .indexing import arguments, inside, operand_of, same, shape_of
+from .values import HIDDEN, Unknown
 
 aten = torch.ops.aten
 
@@ -33,7 +35,7 @@ class Parts:
     Attributes:
         node: what computes its result.
         interior: the nodes that the formula consumed, ``node`` included.
-        mask: boolean, or added to the scores, or None.
+        mask: boolean, or added to the scores, or None; a call where it is still to be made of several.
         sinks: [heads], or None.
         cap: of the scores, which are cap tanh(scores / cap) before the mask is added, or None.
         variant: which spelling it was.
@@ -45,7 +47,7 @@ class Parts:
     k: fx.Node
     v: fx.Node
     scale: float
-    mask: fx.Node | None
+    mask: fx.Node | Call | None
     sinks: fx.Node | None
     variant: str
     cap: float | None = None
@@ -99,6 +101,8 @@ baddbmm = function("baddbmm", aten.baddbmm.default)
 zeros = function("zeros", aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default, check=_any)
 transposed = function("transpose", aten.transpose.int, check=_swaps_last_two)
 softmax = function("softmax", aten.softmax.int, check=_over_keys)
+masked_fill = function("masked_fill", aten.masked_fill.Scalar)
+where = function("where", aten.where.self, aten.where.ScalarOther)
 logsumexp = function("logsumexp", aten.logsumexp.default, check=_over_keys)
 dropout = function("dropout", aten.dropout.default, check=_any)
 all_but_the_last = function("slice", aten.slice.Tensor, check=_any)
@@ -134,6 +138,34 @@ def _attends(node: fx.Node, found: Found) -> str | None:
 _NUMBERS = ("scale", "divisor", "uncapped", "inverse", "cap")
 
 
+def _hides(node: fx.Node, found: Found) -> str | None:
+    """Whether the number that stands where scores are hidden does hide them, whatever is added to it."""
+    low = found.captures.get("low")
+    if low is None:
+        try:
+            low = Elements({}).at(found["lowest"], ()) if value(found["lowest"]).dim() == 0 else None
+        except Unknown:
+            low = None
+    hides = isinstance(low, (int, float)) and not isinstance(low, bool) and low <= HIDDEN
+    return None if hides else f"{'what stands for a score' if low is None else low} does not hide it"
+
+
+def _explicit(found: Found) -> fx.Node | Call | None:
+    """What is added to the scores, where parts of it stand instead of them."""
+    captures = found.captures
+    if "hidden" not in captures and "seen" not in captures:
+        return captures.get("mask")
+    places, dtype = captures.get("hidden", captures.get("seen")), value(found["q"]).dtype
+    bias = captures.get("bias") or Call(aten.zeros_like.default, (places,), {"dtype": dtype}, shared=True)
+    if "hidden" in captures:
+        mask = Call(aten.masked_fill.Scalar, (bias, places, captures["low"]), shared=True)
+    elif "low" in captures:
+        mask = Call(aten.where.ScalarOther, (places, bias, captures["low"]), shared=True)
+    else:
+        mask = Call(aten.where.self, (places, bias, captures["lowest"]), shared=True)
+    return mask if "mask" not in captures else Call(aten.add.Tensor, (mask, captures["mask"]), shared=True)
+
+
 def _leaves_out_the_last(node: fx.Node, given: dict[str, Any]) -> bool:
     whole, end = value(given["self"]).shape, value(given["end"])
     if given["dim"] % len(whole) != len(whole) - 1 or given["step"] != 1 or given["start"] not in (None, 0):
@@ -157,6 +189,9 @@ added_to_zeros = view(
 )
 scaled = product * number("scale") | product / number("divisor") | product | cast(added_to_zeros)
 scores = capture("scores", cast(scaled) + capture("mask") | cast(scaled))
+biased = cast(cast(scaled) + capture("bias") | cast(scaled))
+lowest = number("low") | capture("lowest")
+filled = masked_fill(biased, capture("hidden"), number("low")) | where(capture("seen"), biased, lowest)
 joined = capture("joined", cat(cast(scores), capture("column")))
 above_the_sink = cast(unsqueeze(sigmoid(cast(logsumexp(cast(scores))) - capture("column")), -1))
 
@@ -168,6 +203,7 @@ ATTENTION = {
     "a sink as a factor": (cast(weighted(stable_softmax(scores))) * above_the_sink).where(_attends),
     "written out": weighted(stable_softmax(scores)).where(_attends),
     "capped by tanh": weighted(stable_softmax(cast(capped))).where(_attends),
+    "filled in": weighted(stable_softmax(cast(filled) + capture("mask") | filled)).where(_attends).where(_hides),
 }
 
 
@@ -191,7 +227,7 @@ def _parts(node: fx.Node, found: Found) -> Parts:
         k=found["k"],
         v=found["v"],
         scale=scale,
-        mask=captures.get("mask"),
+        mask=_explicit(found),
         sinks=None if column is None else _per_head(column),
         variant=found.variant,
         cap=None if cap is None else float(cap),

@@ -810,3 +810,36 @@ def test_chunks_are_documents(packed: bool, dynamic: bool) -> None:
     compiled = torch.compile(function, backend=backend, fullgraph=True)
     got, wanted = (torch.autograd.grad(f(*given).square().sum(), args) for f in (compiled, function))
     torch.testing.assert_close(got, wanted)
+
+
+FILLED: dict[str, Callable[..., Tensor]] = {
+    "masked_fill": lambda s, seen, bias: s.masked_fill(~seen, torch.finfo(s.dtype).min),
+    "masked_fill of biased scores": lambda s, seen, bias: (s + bias).masked_fill(~seen, float("-inf")),
+    "where, and a bias": lambda s, seen, bias: torch.where(seen, s, torch.finfo(s.dtype).min) + bias,
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_scores_that_are_replaced(name: str) -> None:
+    """As GPT-Neo and MPT hide them; the bias keeps its gradient."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, data: Tensor, bias: Tensor) -> Tensor:
+        return _flat(FILLED[name](q @ k.mT * 0.3, _seen(q, data), bias).softmax(-1) @ v)
+
+    data, bias = torch.randn(2, 5), torch.randn(4, 1, 5, requires_grad=name != "masked_fill")
+    data[:, 0] = 1.0
+    arguments = (*(heads(4, 5) for _ in range(3)), data, bias)
+    if name == "masked_fill":
+        assert_rewrites(Attention(), lambda *x: attend(*x, bias), *arguments[:4], to="masked_attention")
+    else:
+        assert_rewrites(Attention(), attend, *arguments, to="masked_attention", variant=f"{KEPT_IN_PLACE}, filled in")
+
+
+KEPT_IN_PLACE = "the mask is kept: it stands in the place of scores"
+
+
+def test_a_number_that_hides_nothing_is_no_mask() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.3).masked_fill(q[..., :1] > 0, -1.0).softmax(-1) @ v
+
+    assert_misses(Attention(), attend, *(heads(4, 5) for _ in range(3)), because="-1.0 does not hide it")
