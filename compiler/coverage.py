@@ -1,8 +1,8 @@
 """How much of a graph became operators of ours: counted from what is there, without asking the matcher.
 
 Two questions. *Places*: every ``rsqrt`` or library norm, rotation, softmax or attention, activation times gate, linear
-layer and loss is an anchor, found by its operators alone; it is recognised when a match took it. Layer norms are
-counted apart: we have no operator for them on purpose (:data:`LEFT`). *Cost*: every node
+layer, expert and loss is an anchor, found by its operators alone; it is recognised when a match took it. Layer norms
+and experts are counted apart: we have no operator for them on purpose (:data:`LEFT`). *Cost*: every node
 has floating-point operations and bytes that it would move if it ran alone; those of the nodes that matches took are
 covered. A plain matrix product has no better form than the library's, so it is told apart from what is left over.
 """
@@ -25,14 +25,25 @@ from ..passes.rewrite import module_path, source_line, value
 
 aten = torch.ops.aten
 
-FAMILIES = ("norm", "layer norm", "rotation", "attention", "gated MLP", "linear", "loss")
-LEFT = {"layer norm": "left to Inductor, which makes one kernel of it and of what stands around it"}
+FAMILIES = (
+    "norm", "layer norm", "rotation", "attention", "gated MLP", "linear", "grouped expert product",
+    "single expert product", "loss",
+)  # fmt: skip
+LEFT = {
+    "layer norm": "left to Inductor, which makes one kernel of it and of what stands around it",
+    "grouped expert product": "left to the library, whose torch._grouped_mm is one product for all experts",
+    "single expert product": "left as they are, products of one expert's or one token's weights each; "
+    "experts_implementation='grouped_mm' of transformers groups them",
+}
 """Families that no operator of ours is for, and why."""
 _ACTIVATIONS = {aten.silu.default, aten.gelu.default, aten.relu.default}
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 _PRODUCTS = {*_LINEAR, aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
 _ATTENTION = {aten.scaled_dot_product_attention.default}
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_GROUPED = {"_grouped_mm", "_scaled_grouped_mm", "grouped_mm_fallback"}
+_PICKS = {aten.select.int, aten.index.Tensor, aten.index_select.default}
+_TURNS = {aten.transpose.int, aten.t.default, aten.squeeze.dim, aten.unsqueeze.default}
 _LAYER_NORMS = {aten.layer_norm.default, aten.native_layer_norm.default}
 _LOSSES = {aten.cross_entropy_loss.default, aten.nll_loss_nd.default, aten.nll_loss.default}
 _SIZE_UNKNOWN = 4096  # a symbolic size that nothing hints at
@@ -145,7 +156,11 @@ def _families(node: fx.Node) -> Iterator[str]:
         yield "attention"
     if _is_gated(node):
         yield "gated MLP"
-    if node.target in _LINEAR:
+    if _is_grouped_product(node):
+        yield "grouped expert product"
+    elif node.target in _PRODUCTS and _reads_an_expert(node):
+        yield "single expert product"
+    elif node.target in _LINEAR:
         yield "linear"
     if node.target in _LOSSES:
         yield "loss"
@@ -206,6 +221,24 @@ def _weighs_values(softmax: fx.Node) -> bool:
         if user not in seen and (user.target in through or slices or is_cast(user)):
             seen.add(user)
             todo += user.users
+    return False
+
+
+def _is_grouped_product(node: fx.Node) -> bool:
+    """PyTorch's product of rows with their experts' weights, or what transformers has where there is none."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in _GROUPED
+
+
+def _reads_an_expert(product: fx.Node) -> bool:
+    """Whether a product reads weights that were picked from those of all experts, an input [experts, ...]."""
+    for operand in product.all_input_nodes:
+        node = operand
+        while isinstance(node, fx.Node) and (is_cast(node) or node.target in _TURNS) and node.args:
+            node = node.args[0]  # type: ignore[assignment]
+        if isinstance(node, fx.Node) and node.target in _PICKS and isinstance(node.args[0], fx.Node):
+            experts = _under_views(node.args[0])
+            if experts.op == "placeholder" and value(experts).dim() == 3:
+                return True
     return False
 
 

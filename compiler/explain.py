@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..passes.recognise.attention import KEPT
 from ..passes.runner import Site
 from .breaks import Break, watched
 from .coverage import LEFT, Coverage, Place, Share
@@ -94,13 +95,15 @@ class Explanation:
     @property
     def masks(self) -> list[MaskUse]:
         """The masks of all attentions."""
-        taken = Counter(s.detail for s in self.rewritten if s.operator == "attention")
-        kept = Counter(s.detail for s in self.missed if s.operator == "attention" and "mask" in s.detail)
-        uses = [MaskUse(mask, "unsloth's attention", True, n) for mask, n in taken.items()]
-        for reason, n in kept.items():
-            proven, _, why = reason.partition(": ")  # "causal ∧ window 16: no kernel for it" or "the mask is kept: …"
-            mask = f"not understood: {why}" if proven == "the mask is kept" else proven
-            uses.append(MaskUse(mask, "PyTorch's attention, with the mask as a tensor", False, n))
+        taken = Counter((s.detail, True) for s in self.rewritten if s.operator == "attention")
+        taken += Counter((s.detail, False) for s in self.missed if s.operator == "attention" and "mask" in s.detail)
+        uses = []
+        for (detail, ours), n in taken.items():
+            implied = ours and KEPT not in detail
+            proven, _, why = detail.partition(": ")  # "causal ∧ window 16: no kernel …" or "the mask is kept: …"
+            mask = detail if implied else f"not understood: {why}" if proven == KEPT else proven
+            kernel = "unsloth's attention" if ours else "PyTorch's attention"
+            uses.append(MaskUse(mask, kernel if implied else f"{kernel}, with the mask as a tensor", implied, n))
         return uses
 
     @property

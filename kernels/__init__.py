@@ -5,10 +5,12 @@
 if __name__ != "kernels":
     from . import (
         attention,
+        capped_attention,
         glu,
         linear_cross_entropy,
         lora_linear,
         lora_linears,
+        masked_attention,
         nf4,
         packed_attention,
         rms_norm,
@@ -19,10 +21,12 @@ if __name__ != "kernels":
 
     __all__ = [
         "attention",
+        "capped_attention",
         "glu",
         "linear_cross_entropy",
         "lora_linear",
         "lora_linears",
+        "masked_attention",
         "nf4",
         "packed_attention",
         "rms_norm",

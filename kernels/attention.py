@@ -36,13 +36,13 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _per_query_head(x: Tensor, q: Tensor) -> Tensor:
+def per_query_head(x: Tensor, q: Tensor) -> Tensor:
     """k or v with one head per query head."""
     return _wide(x).repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
-def _sum_groups(grad: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `_per_query_head`."""
+def sum_groups(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of :func:`per_query_head`."""
     return grad.unflatten(1, (x.shape[1], grad.shape[1] // x.shape[1])).sum(2)
 
 
@@ -56,7 +56,7 @@ def visible_keys(q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tens
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    scores = _wide(q) @ _per_query_head(k, q).transpose(-1, -2) * scale
+    scores = _wide(q) @ per_query_head(k, q).transpose(-1, -2) * scale
     return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
 
 
@@ -68,7 +68,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: floa
     """out and lse written out, for keys that are visible by a mask that broadcasts to [batch, heads, queries, keys]."""
     scores = _scores(q, k, visible, scale)
     lse = torch.logsumexp(scores, dim=-1)
-    out = torch.softmax(scores, dim=-1) @ _per_query_head(v, q)
+    out = torch.softmax(scores, dim=-1) @ per_query_head(v, q)
     return _rounded(out, q), lse.clone(memory_format=torch.contiguous_format)
 
 
@@ -85,14 +85,30 @@ def formula_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v written out; see :func:`formula`."""
     probabilities = torch.exp(_scores(q, k, visible, scale) - lse.unsqueeze(-1))
+    return gradients(grad, q, k, v, out, probabilities, scale, needs)[:3]
+
+
+def gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    probabilities: Tensor,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """The gradients of q, k and v, and of what is added to the scaled scores, from the probabilities."""
     grad_, out_ = _wide(grad), _wide(out)
-    grad_probabilities = grad_ @ _per_query_head(v, q).transpose(-1, -2)
+    grad_probabilities = grad_ @ per_query_head(v, q).transpose(-1, -2)
     # The softmax's gradient needs sum_j p_ij dp_ij, which is the product of out and its gradient: no second pass.
-    grad_scores = probabilities * (grad_probabilities - (grad_ * out_).sum(-1, keepdim=True)) * scale
+    of_scores = probabilities * (grad_probabilities - (grad_ * out_).sum(-1, keepdim=True))
+    of_products = of_scores * scale
     return (
-        _rounded(grad_scores @ _per_query_head(k, q), q) if needs[0] else None,
-        _rounded(_sum_groups(grad_scores.transpose(-1, -2) @ _wide(q), k), k) if needs[1] else None,
-        _rounded(_sum_groups(probabilities.transpose(-1, -2) @ grad_, v), v) if needs[2] else None,
+        _rounded(of_products @ per_query_head(k, q), q) if needs[0] else None,
+        _rounded(sum_groups(of_products.transpose(-1, -2) @ _wide(q), k), k) if needs[1] else None,
+        _rounded(sum_groups(probabilities.transpose(-1, -2) @ grad_, v), v) if needs[2] else None,
+        of_scores,
     )
 
 
@@ -166,7 +182,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window
         return "q, k and v have to be [batch, heads, length, width]"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v differ in dtype: {q.dtype}, {k.dtype}, {v.dtype}"
-    return _shape_problem(q, k, v, causal) or _window_problem(q, causal, window) or _library_problem(q, v)
+    return shape_problem(q, k, v, causal) or _window_problem(q, causal, window) or library_problem(q, v)
 
 
 def _window_problem(q: Tensor, causal: bool, window: int | None) -> str | None:
@@ -181,7 +197,7 @@ def _window_problem(q: Tensor, causal: bool, window: int | None) -> str | None:
     return None
 
 
-def _shape_problem(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
+def shape_problem(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
     if not all(statically_known_true(x.shape[0] == q.shape[0]) for x in (k, v)):
         return "q, k and v are not known to have one batch size"
     if not statically_known_true(k.shape[3] == q.shape[3]):
@@ -195,7 +211,7 @@ def _shape_problem(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> str | None:
     return None
 
 
-def _library_problem(q: Tensor, v: Tensor) -> str | None:
+def library_problem(q: Tensor, v: Tensor) -> str | None:
     if not statically_known_true(v.shape[3] == q.shape[3]) and not all(isinstance(x.shape[3], int) for x in (q, v)):
         return f"head sizes differ, and are symbolic: q {q.shape[3]}, v {v.shape[3]}"
     if q.device.type == "cuda":

@@ -118,6 +118,17 @@ def device_problem(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
+def memory_efficient_problem(q: Tensor) -> str | None:
+    """Why the memory-efficient kernel does not run on this device, or None. Without a GPU: None."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return "only the NVIDIA libraries are known to meet the operator's contract"
+    if q.dtype == torch.bfloat16 and (capability := _capability(q.device)) < (8, 0):
+        return f"the device has compute capability {'.'.join(map(str, capability))}, bfloat16 needs 8.0"
+    return None
+
+
 @functools.cache
 def flash_takes_windows() -> bool:
     """Whether this PyTorch's FlashAttention-2 operators have the arguments for a window."""

@@ -322,6 +322,22 @@ def _arithmetic(elements: Elements, node: fx.Node, index: Index) -> Value:
     return spread(_ARITHMETIC[node.target], *operands)
 
 
+@_rule(aten.floor_divide.default, aten.floor_divide.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
+def _floor_divide(elements: Elements, node: fx.Node, index: Index) -> Value:
+    given = arguments(node)
+    if given.get("rounding_mode", "floor") != "floor" or value(node).dtype not in INTEGERS:
+        raise Unknown(f"unknown operation {node.target} of this rounding or dtype", node)
+    operands = (elements.converted(elements.operand(given[name], node, index), node) for name in ("self", "other"))
+
+    def divide(a: Value, b: Value) -> Value:
+        if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Integer) and b > 0):
+            raise Unknown(f"divides by {b}", node)
+        inside = elements.domain.at_least_zero(a) is True and elements.domain.at_least_zero(b - 1 - a) is True
+        return ZERO if inside else sympy.floor(a / b)
+
+    return spread(divide, *operands)
+
+
 @_rule(aten.neg.default)
 def _neg(elements: Elements, node: fx.Node, index: Index) -> Value:
     return spread(lambda v: -v, elements.converted(elements.operand(node.args[0], node, index), node))

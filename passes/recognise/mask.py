@@ -7,7 +7,7 @@ symbolic, and nothing is ever tried out at one size. What no rule explains stays
 indices at which it is read; a formula that still contains one depends on data, or on an operator without a rule.
 
 The formula of a mask is a conjunction; each of its parts has to be one of the kinds below (:class:`Causal`,
-:class:`Window`, :class:`Documents`), or the mask is kept as it is, with the reason.
+:class:`Window`, :class:`Chunks`, :class:`Documents`), or the mask is kept as it is, with the reason.
 """
 
 from __future__ import annotations
@@ -48,7 +48,17 @@ class Window:
         return f"window {self.width}"
 
 
-Kind = Causal | Window | Documents
+@dataclass(frozen=True)
+class Chunks:
+    """A query sees the keys of its own chunk of ``size`` positions, the first of which begins the row."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"chunks of {self.size}"
+
+
+Kind = Causal | Window | Chunks | Documents
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,10 @@ class Mask:
     @property
     def window(self) -> int | None:
         return min((kind.width for kind in self.kinds if isinstance(kind, Window)), default=None)
+
+    @property
+    def chunks(self) -> list[int]:
+        return sorted(kind.size for kind in self.kinds if isinstance(kind, Chunks))
 
     @property
     def documents(self) -> fx.Node | None:
@@ -135,13 +149,25 @@ def _parts(formula: Formula) -> Iterator[Formula]:
 
 def _kind(part: Formula) -> Kind | None:
     """The kind of mask that one part of the conjunction is. New kinds are recognised here."""
-    if not (isinstance(part, Atom) and part.relation == ">="):
+    if not isinstance(part, Atom) or part.relation == "!=":
         return None
+    if part.relation == "==":
+        return _chunks(part.expression)
     if part.expression == QUERY - KEY:
         return Causal()
     reach = part.expression - (KEY - QUERY)
     if reach.is_Integer and reach >= 0:
         return Window(int(reach) + 1)
+    return None
+
+
+def _chunks(difference: sympy.Expr) -> Chunks | None:
+    """Of ⌊query / size⌋ - ⌊key / size⌋ = 0, in either order."""
+    for quotient in difference.atoms(sympy.floor) or {KEY}:  # ⌊key / 1⌋ is spelled so
+        size = KEY / quotient.args[0] if quotient is not KEY else sympy.Integer(1)
+        other = sympy.floor(QUERY / size)
+        if size.is_Integer and difference in (quotient - other, other - quotient):
+            return Chunks(int(size))
     return None
 
 

@@ -117,3 +117,19 @@ def test_what_a_pass_took_is_covered() -> None:
     coverage = explain(Gated(), (torch.randn(2, 8),)).coverage
     assert coverage.places == {"gated MLP": (1, 1), "linear": (0, 2)}
     assert coverage.flops.fused == 2 * 2 * 16  # the activation and the product
+
+
+def test_experts_are_counted_apart() -> None:
+    """One grouped product for all experts, and products of one expert each; a linear layer's weight is no expert."""
+
+    def function(x, experts, offsets, weight):
+        grouped = torch._grouped_mm(x, experts, offs=offsets)
+        looped = linear(x, experts[1].t()) + x @ experts[0]
+        batched = torch.bmm(x.unsqueeze(1), experts[offsets.repeat(2)])
+        return (grouped + looped + batched.squeeze(1) + linear(x, weight)).sum()
+
+    x, experts = (torch.randn(sizes, dtype=torch.bfloat16, requires_grad=True) for sizes in ((4, 8), (2, 8, 8)))
+    offsets = torch.tensor([1, 0], dtype=torch.int32)
+    weight = torch.randn(8, 8, dtype=torch.bfloat16)
+    counted = places(function, x, experts, offsets, weight)
+    assert counted == {"linear": (0, 1), "grouped expert product": (0, 1), "single expert product": (0, 3)}

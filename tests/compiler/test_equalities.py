@@ -47,9 +47,9 @@ def test_two_graphs_serve_twenty_lengths_and_three_batch_sizes() -> None:
     reports: list[GraphReport] = []
     run = compiled(owner, EAGER, reports)
     for index, length in enumerate(range(9, 69, 3)):
-        inputs = batch(length, seed=index, size=2 + index % 3 if index > 15 else 2)
+        inputs = batch(length, seed=index, size=2 + index % 3)
         assert_same(step(run, owner, inputs), step(owner, owner, inputs))
-        assert len(reports) <= (2 if index <= 15 else 3)  # for the first shape, for any length, for any batch
+    assert len(reports) == 2  # for the first shape, for any: Dynamo takes for symbolic what has changed so far
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -18,6 +18,7 @@ from tests.kernels.oracle import (
     symbolic,
 )
 from unsloth.kernels.packed_attention import cu_seqlens, extents, packed_attention
+from unsloth.kernels.sink_attention import packed_sink_attention
 
 CUDA = DEVICE == "cuda"
 DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.bfloat16, torch.float16]
@@ -132,3 +133,23 @@ def test_supports_says_why_not() -> None:
     assert "not those of 2 rows of 9" in str(packed_attention.supports(q, k, v, offsets[1:], extent, *others))
     assert "no kernel" in str(packed_attention.supports(q, k, v, offsets, extent, False, 0.2, 3))
     assert "[batch, length]" in str(cu_seqlens.supports(offsets))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_in_documents(window: int | None) -> None:
+    """Each document's queries share the sinks of their heads, and nothing else."""
+
+    def make(rows: list[list[int]], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+        q, k, v, *others = inputs(rows, dtype, seed, window=window)
+        return q, k, v, torch.linspace(-1, 1, 4, device=DEVICE).to(dtype), *others
+
+    def with_a_column(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, offsets: Tensor, _: Any, *how: Any) -> Tensor:
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        mask = visible(offsets, q.shape[0], q.shape[2], how[0], how[2])
+        scores = (q @ k.transpose(-1, -2) * how[1]).masked_fill(~mask, -torch.inf)
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        return scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype))[..., :-1].to(q.dtype) @ v
+
+    halves = [torch.bfloat16, torch.float16]
+    assert_accurate(packed_sink_attention, make, with_a_column, dtypes=halves, shapes=LENGTHS)
+    opcheck(packed_sink_attention, *make(LENGTHS[0], HALF, 0))

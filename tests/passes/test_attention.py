@@ -9,11 +9,22 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3Config,
+    masking_utils,
+)
 
 from tests.passes.recognising import assert_misses, assert_rewrites
 from tests.tracing import targets, trace
 from unsloth.compiler.capture import retrace
+from unsloth.kernels.masked_attention import masked_attention
 from unsloth.passes.recognise.attention import Attention
 from unsloth.passes.recognise.mask import prove
 from unsloth.passes.rewrite import Match, Miss
@@ -133,8 +144,10 @@ def test_causal_over_other_lengths_is_refused(dynamic: bool) -> None:
         mask = torch.arange(k.shape[2]) <= torch.arange(q.shape[2])[:, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    for function in causal, masked:
-        assert missed(function, heads(4, 6), heads(4, 9), heads(4, 9), dynamic=dynamic).startswith("causal with ")
+    arguments = heads(4, 6), heads(4, 9), heads(4, 9)
+    assert missed(causal, *arguments, dynamic=dynamic).startswith("causal with ")
+    match = matched(masked, *arguments, dynamic=dynamic)
+    assert match.operator is masked_attention and match.variant.startswith("causal with ")
 
 
 @MODES
@@ -152,25 +165,25 @@ def test_a_proven_window_becomes_a_number(dynamic: bool) -> None:
 
 
 @MODES
-def test_a_window_that_sees_ahead_is_kept(dynamic: bool) -> None:
+def test_a_window_that_sees_ahead_stays_a_tensor(dynamic: bool) -> None:
     def windowed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         return scaled_dot_product_attention(q, k, v, attn_mask=positions[:, None] - positions < 4)
 
-    reason = "window 4 without causal: no kernel, the mask is kept"
-    assert missed(windowed, heads(4), heads(4), heads(4), dynamic=dynamic) == reason
+    match = matched(windowed, heads(4), heads(4), heads(4), dynamic=dynamic)
+    assert match.operator is masked_attention and match.args[3] is match.anchor.args[3]
+    assert match.variant == "window 4 without causal: no kernel, the mask is kept"
 
 
-def test_a_padding_mask_is_kept_and_says_where_it_is_made() -> None:
+def test_a_padding_mask_stays_a_tensor() -> None:
     def padded(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor) -> Tensor:
         positions = torch.arange(q.shape[2])
         mask = (positions <= positions[:, None]) & attention_mask[:, None, None, :].bool()
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    result = found(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
-    assert isinstance(result, Miss)
-    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
-    assert result.source_line is not None and result.source_line.startswith("test_attention.py:")
+    match = matched(padded, heads(4), heads(4), heads(4), torch.ones(2, 6, dtype=torch.int64))
+    assert match.operator is masked_attention and match.args[3] is match.anchor.args[3] and match.autocast == (0, 1, 2)
+    assert match.variant == "the mask is kept: depends on the input attention_mask (padding)"
 
 
 def padded_on_the_right(mask_of: Callable[[Tensor, Tensor], Tensor]) -> Match | Miss:
@@ -202,7 +215,8 @@ def test_padding_on_the_right_needs_no_mask_beside_causal() -> None:
 )
 def test_the_promise_of_padding_on_the_right_covers_nothing_else(mask_of: Any, reason: str) -> None:
     result = padded_on_the_right(mask_of)
-    assert isinstance(result, Miss) and result.reason.startswith("the mask is kept: ") and reason in result.reason
+    assert isinstance(result, Match) and result.operator is masked_attention
+    assert result.variant.startswith("the mask is kept: ") and reason in result.variant
 
 
 def test_three_dimensions_are_refused() -> None:
@@ -461,12 +475,11 @@ def test_a_window_is_as_wide_as_the_model_says(dynamic: bool) -> None:
         assert torch.equal(after, before) is not seen
 
 
-def test_a_model_with_padding_keeps_its_mask() -> None:
+def test_a_model_with_padding_hands_its_mask_over() -> None:
     ones = torch.ones(2, LENGTH, dtype=torch.int64)
     (result,) = in_model(CONFIGS["qwen3"](), dynamic=False, attention_mask=ones)
-    assert isinstance(result, Miss)
-    assert result.reason == "the mask is kept: depends on the input attention_mask (padding)"
-    assert str(result.source_line).startswith("masking_utils.py:")
+    assert isinstance(result, Match) and result.operator is masked_attention
+    assert result.variant == "the mask is kept: depends on the input attention_mask (padding)"
 
 
 # -- packed documents --------------------------------------------------------------------------------------------------
@@ -579,9 +592,11 @@ def test_written_out(name: str) -> None:
 NEARLY: dict[str, tuple[Callable[..., Tensor], str]] = {
     "dropped": (lambda q, k, v: torch.dropout((q @ k.mT).softmax(-1), 0.5, True) @ v, "dropped with probability 0.5"),
     "over queries": (lambda q, k, v: (q @ k.mT * 0.3).softmax(-2) @ v, "not over the keys alone"),
-    "capped": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT * 0.3 / 50.0) * 50.0 + _added(q), v), "capped by tanh"),
-    "a learnt bias": (lambda q, k, v: (q @ k.mT * 0.3 + q.mean()).softmax(-1) @ v, "the mask is kept: "),
-    "shifted": (lambda q, k, v: (q @ k.mT * 0.3 + _added(q).roll(1, 0)).softmax(-1) @ v, "the mask is kept: "),
+    "capped, seeing ahead": (lambda q, k, v: _softmax(torch.tanh(q @ k.mT / 9.0) * 9.0, v), "capped by tanh"),
+    "capped, a learnt bias": (
+        lambda q, k, v: _softmax(torch.tanh(q @ k.mT / 9.0) * 9.0 + q[..., :1], v),
+        "capped by tanh, for which there is no kernel here: the mask is kept",
+    ),
     "a sink per query": (
         lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
         "the sinks are no number per head",
@@ -610,3 +625,221 @@ def test_values_narrower_than_queries() -> None:
 
     arguments = (heads(4, 5, 24), heads(4, 5, 24), heads(4, 5, 16))
     assert_rewrites(Attention(), latent, *arguments, to="attention", variant="causal")
+
+
+# -- masks that stay tensors -------------------------------------------------------------------------------------------
+
+
+def _seen(q: Tensor, data: Tensor) -> Tensor:
+    positions = torch.arange(q.shape[2])
+    return (positions <= positions[:, None]) & (data[:, None, None, :] > -0.5)
+
+
+EXPLICIT: dict[str, Callable[..., Tensor]] = {
+    "boolean": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, attn_mask=_seen(q, m)),
+    "added": lambda q, k, v, m: scaled_dot_product_attention(
+        q, repeated(k[:, :2], 2), repeated(v[:, :2], 2), attn_mask=torch.where(_seen(q, m), 0.0, float("-inf"))
+    ),
+    "a learnt bias": lambda q, k, v, m: scaled_dot_product_attention(q, k, v, attn_mask=m[:, None, :, None] * m[0]),
+    "written out": lambda q, k, v, m: _softmax(q @ k.mT * 0.3 + torch.where(_seen(q, m), 0.0, -1e9), v),
+    "written out, a learnt bias": lambda q, k, v, m: (q @ k.mT * 0.3 + m[0]).softmax(-1) @ v,
+    "written out, shifted": lambda q, k, v, m: (q @ k.mT * 0.3 + _added(q).roll(1, 0)).softmax(-1) @ v,
+    "a sink": lambda q, k, v, m: (
+        _column(q @ k.mT * 0.3 + torch.where(_seen(q, m), 0.0, -1e9), m[0, :4]).softmax(-1)[..., :-1] @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_a_mask_that_stays_a_tensor(name: str) -> None:
+    """Results and gradients, those of what the mask is made of included, are eager's."""
+    torch.manual_seed(0)
+    data = torch.randn(2, 5, requires_grad="learnt" in name or "sink" in name)
+    data.data[:, 0] = 1.0  # no query sees nothing
+    to = "masked_sink_attention" if name == "a sink" else "masked_attention"
+    arguments = heads(4, 5), heads(4, 5), heads(4, 5), data
+    assert_rewrites(Attention(), lambda *x: _flat(EXPLICIT[name](*x)), *arguments, to=to)
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["as it is", "autocast"])
+def test_what_is_added_is_converted_as_autocast_does(enabled: bool) -> None:
+    """By PyTorch's attention, which is one of the operators that autocast casts for."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return _flat(scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    arguments = heads(4, 5), heads(4, 5), heads(4, 5), torch.randn(2, 1, 5, 5)
+    assert_rewrites(Attention(), attend, *arguments, to="masked_attention", tolerance=2e-2 if enabled else 1e-5)
+
+
+def test_sinks_in_packed_documents() -> None:
+    """As gpt-oss has them: a column of the scores, and documents that positions tell apart."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, position_ids: Tensor) -> Tensor:
+        document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        seen = torch.arange(5) <= torch.arange(5)[:, None]
+        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        scores = _column(q @ repeated(k, 2).mT * 0.3 + torch.where(seen, 0.0, torch.finfo(q.dtype).min), sinks)
+        return _flat(_less_its_maximum(scores).softmax(-1)[..., :-1] @ repeated(v, 2))
+
+    arguments = heads(4, 5), heads(2, 5), heads(2, 5), torch.randn(4, requires_grad=True)
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    variant = "causal ∧ documents, sinks, a sink as a column"
+    assert_rewrites(Attention(), attend, *arguments, positions, to="packed_sink_attention", variant=variant)
+
+
+CAPPED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "as Gemma 2 writes it": lambda q, k: torch.tanh(q @ k.mT * 0.3 / 1.5) * 1.5,
+    "times the inverse": lambda q, k: 1.5 * torch.tanh((q @ k.mT * 0.3) * (1 / 1.5)),
+    "in one factor": lambda q, k: 1.5 * torch.tanh(q @ k.mT * 0.2),
+}
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_capped_scores(name: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _flat(_softmax(CAPPED[name](q, repeated(k, 2)) + _added(q), repeated(v, 2)))
+
+    arguments = heads(4, 5), heads(2, 5), heads(2, 5)
+    assert_rewrites(Attention(), attend, *arguments, to="capped_attention", variant="causal, capped by tanh")
+
+
+def test_capped_scores_in_a_model_with_windows_and_documents() -> None:
+    """Gemma 2's two kinds of layers on a packed batch: no mask is left, loss and gradients are eager's."""
+    config = Gemma2Config(
+        **COMMON, head_dim=8, num_hidden_layers=2, sliding_window=3, attn_logit_softcapping=1.0, query_pre_attn_scalar=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        expected = {"causal ∧ documents ∧ window 3, capped by tanh", "causal ∧ documents, capped by tanh"}
+        assert {s.detail for s in report.rewritten} == expected and not report.missed, report
+        assert targets(result).count("document_starts") == 2  # transformers counts documents once per kind of mask
+        return result
+
+    torch._dynamo.reset()
+    ids = torch.randint(1, 64, (2, LENGTH))
+    gradients = []
+    for run in (model, torch.compile(model, backend=backend, fullgraph=True)):
+        loss = run(input_ids=ids, position_ids=PACKED, labels=ids, use_cache=False).loss
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_sinks_in_a_model_on_a_packed_batch() -> None:
+    """gpt-oss: sinks, a window in every other layer, documents; no mask is left, loss and gradients are eager's.
+
+    Its model in transformers tells no documents apart by itself, but takes masks that do.
+    """
+    config = GptOssConfig(
+        **COMMON, head_dim=8, num_hidden_layers=2, sliding_window=3, num_local_experts=2, num_experts_per_tok=1
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+
+    def loss_of(ids: Tensor, position_ids: Tensor) -> Tensor:
+        given = {
+            "config": config, "inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": None,
+            "past_key_values": None, "position_ids": position_ids,
+        }  # fmt: skip
+        masks = {
+            "full_attention": masking_utils.create_causal_mask(**given),
+            "sliding_attention": masking_utils.create_sliding_window_causal_mask(**given),
+        }
+        return model(input_ids=ids, attention_mask=masks, position_ids=position_ids, labels=ids, use_cache=False).loss
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        expected = {f"causal ∧ documents{window}, sinks, a sink as a column" for window in ("", " ∧ window 3")}
+        assert {s.detail for s in report.rewritten} == expected and not report.missed, report
+        return result
+
+    torch._dynamo.reset()
+    ids = torch.randint(1, 64, (2, LENGTH))
+    gradients = []
+    for run in (loss_of, torch.compile(loss_of, backend=backend, fullgraph=True)):
+        loss = run(ids, PACKED)
+        gradients.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_products_of_a_batch_of_heads() -> None:
+    """The scores as ``baddbmm`` of zeros."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batched = (x.reshape(-1, 5, 8) for x in (q, k))
+        scores = torch.baddbmm(torch.zeros(8, 5, 5), next(batched), next(batched).transpose(1, 2), beta=1.0, alpha=0.3)
+        return _flat((scores.view(2, 4, 5, 5) + _added(q)).softmax(-1) @ v)
+
+    assert_rewrites(Attention(), attend, *(heads(4, 5) for _ in range(3)), to="attention")
+
+
+@pytest.mark.parametrize(("packed", "dynamic"), [(False, False), (False, True), (True, False)])
+def test_chunks_are_documents(packed: bool, dynamic: bool) -> None:
+    """As Llama 4 has them; in a packed batch a chunk and a document both end what a query sees. Layers share both."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        index = torch.arange(q.shape[2])
+        seen = (index <= index[:, None]) & (index // 3 == index[:, None] // 3)
+        if position_ids is not None:
+            document = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+            seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        seen = seen.expand(q.shape[0], 1, -1, -1)
+        x = scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        return _flat(scaled_dot_product_attention(x, k, v, attn_mask=seen))
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        result, (report,) = run_passes(retrace(gm), [Attention()], strict=True)
+        variant = "causal ∧ chunks of 3" + " ∧ documents" * packed
+        assert [s.detail for s in report.rewritten] == [variant] * 2 and not report.missed, report
+        assert [targets(result).count(name) for name in ("cu_seqlens", "packed_attention")] == [1, 2]
+        return result
+
+    torch._dynamo.reset()
+    args = heads(4), heads(2), heads(2)
+    args = args[0], *(repeated(x, 2).detach().requires_grad_() for x in args[1:])
+    positions = torch.tensor([[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 0, 0]])
+    function = symbolic(attend, *args) if dynamic else attend
+    given = (*args, positions) if packed else args
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    got, wanted = (torch.autograd.grad(f(*given).square().sum(), args) for f in (compiled, function))
+    torch.testing.assert_close(got, wanted)
+
+
+FILLED: dict[str, Callable[..., Tensor]] = {
+    "masked_fill": lambda s, seen, bias: s.masked_fill(~seen, torch.finfo(s.dtype).min),
+    "masked_fill of biased scores": lambda s, seen, bias: (s + bias).masked_fill(~seen, float("-inf")),
+    "where, and a bias": lambda s, seen, bias: torch.where(seen, s, torch.finfo(s.dtype).min) + bias,
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_scores_that_are_replaced(name: str) -> None:
+    """As GPT-Neo and MPT hide them; the bias keeps its gradient."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, data: Tensor, bias: Tensor) -> Tensor:
+        return _flat(FILLED[name](q @ k.mT * 0.3, _seen(q, data), bias).softmax(-1) @ v)
+
+    data, bias = torch.randn(2, 5), torch.randn(4, 1, 5, requires_grad=name != "masked_fill")
+    data[:, 0] = 1.0
+    arguments = (*(heads(4, 5) for _ in range(3)), data, bias)
+    if name == "masked_fill":
+        assert_rewrites(Attention(), lambda *x: attend(*x, bias), *arguments[:4], to="masked_attention")
+    else:
+        assert_rewrites(Attention(), attend, *arguments, to="masked_attention", variant=f"{KEPT_IN_PLACE}, filled in")
+
+
+KEPT_IN_PLACE = "the mask is kept: it stands in the place of scores"
+
+
+def test_a_number_that_hides_nothing_is_no_mask() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.3).masked_fill(q[..., :1] > 0, -1.0).softmax(-1) @ v
+
+    assert_misses(Attention(), attend, *(heads(4, 5) for _ in range(3)), because="-1.0 does not hide it")

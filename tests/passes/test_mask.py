@@ -18,7 +18,7 @@ from transformers import masking_utils as hf
 from tests.tracing import trace
 from unsloth.passes.recognise.elements import Elements
 from unsloth.passes.recognise.indexing import integer
-from unsloth.passes.recognise.mask import BATCH, HEAD, KEY, QUERY, Causal, Kept, Mask, Window, prove, visibility
+from unsloth.passes.recognise.mask import BATCH, HEAD, KEY, QUERY, Causal, Chunks, Kept, Mask, Window, prove, visibility
 from unsloth.passes.recognise.predicate import And, Atom, Formula, Or
 from unsloth.passes.recognise.values import HIDDEN, Unknown, unknowns
 
@@ -133,6 +133,21 @@ def test_a_window_that_reaches_everything_is_none() -> None:
     assert proven(builder, dynamic=True) == Mask(frozenset({Causal(), Window(12)}))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+def test_chunks(dynamic: bool) -> None:
+    for builder in (
+        lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 4),
+        lambda q, k: _causal(q, k) & (torch.div(_rows(q), 4, rounding_mode="floor") == _columns(k) // 4),
+        lambda q, k: _causal(q, k) & ((_columns(k) - torch.zeros(1, dtype=torch.int64)) // 4 == _rows(q) // 4),
+    ):
+        result = proven(builder, dynamic=dynamic)
+        assert result == Mask(frozenset({Causal(), Chunks(4)})) and str(result) == "causal ∧ chunks of 4"
+
+
+def test_one_chunk_is_none() -> None:
+    assert proven(lambda q, k: _causal(q, k) & (_columns(k) // 12 == _rows(q) // 12)) == Mask(frozenset({Causal()}))
+
+
 NEAR_CAUSAL: dict[str, tuple[Builder, str]] = {
     "strict": (lambda q, k: _columns(k) < _rows(q), "no kind of mask"),
     "shifted by one": (lambda q, k: _columns(k) <= _rows(q) + 1, "no kind of mask"),
@@ -141,7 +156,13 @@ NEAR_CAUSAL: dict[str, tuple[Builder, str]] = {
     "diagonal of tril": (lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(1), "no kind of mask"),
     "diagonal of triu": (lambda q, k: torch.full((q, k), float("-inf")).triu(), "no kind of mask"),
     "steps of two": (lambda q, k: torch.arange(0, 2 * k, 2) <= _rows(q), "no kind of mask"),
-    "chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 4), "unknown operation aten.floor_divide"),
+    "shifted chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == (_rows(q) + 1) // 4), "no kind of mask"),
+    "chunks of two sizes": (lambda q, k: _causal(q, k) & (_columns(k) // 4 == _rows(q) // 3), "no kind of mask"),
+    "later chunks": (lambda q, k: _causal(q, k) & (_columns(k) // 4 != _rows(q) // 4), "no kind of mask"),
+    "rounded towards zero": (
+        lambda q, k: _causal(q, k) & (torch.div(_columns(k) - 5, 4, rounding_mode="trunc") == _rows(q) // 4),
+        "of this rounding",
+    ),
     "except one key": (lambda q, k: _causal(q, k) & (_columns(k) != 3), "no kind of mask"),
     "or the first keys": (lambda q, k: _causal(q, k) | (_columns(k) < 3), "no kind of mask"),
     "hides nothing it should": (lambda q, k: _added(_causal(q, k), -100.0), "the number -100.0"),
@@ -462,6 +483,8 @@ def meaning(mask: Mask, queries: int, keys: int, values: dict[fx.Node, Any]) -> 
         visible = visible & (back >= 0)
     if mask.window is not None:
         visible = visible & (back < mask.window)
+    for size in mask.chunks:
+        visible = visible & (torch.arange(queries)[:, None] // size == torch.arange(keys) // size)
     if mask.documents is not None:
         numbers = values[mask.documents]
         assert (numbers.diff() >= 0).all()  # a document lies in one piece
@@ -472,8 +495,8 @@ def meaning(mask: Mask, queries: int, keys: int, values: dict[fx.Node, Any]) -> 
 # -- as transformers builds them ---------------------------------------------------------------------------------------
 
 _FUNCTIONS = st.one_of(
-    st.sampled_from(["causal", "bidirectional", "documents", "padding"]),
-    st.tuples(st.sampled_from(["window", "window both ways", "chunks"]), st.integers(1, 9)),
+    st.sampled_from(["causal", "bidirectional", "documents", "padding", "prefix of the row"]),
+    st.tuples(st.sampled_from(["window", "window both ways", "chunks", "prefix"]), st.integers(1, 9)),
 )
 
 
@@ -487,6 +510,10 @@ def _function(name: Any, inputs: dict[str, Tensor], documents: Tensor) -> Callab
             return hf.packed_sequence_mask_function(documents)
         case "padding":
             return hf.padding_mask_function(inputs["attention_mask"].bool())
+        case "prefix of the row":
+            return hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < inputs["prefix"][b])
+        case ("prefix", length):
+            return hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < length)
         case ("window", width):
             return hf.sliding_window_overlay(width)
         case ("window both ways", width):
@@ -502,15 +529,22 @@ def _function(name: Any, inputs: dict[str, Tensor], documents: Tensor) -> Callab
     additive=st.booleans(),
     rows=st.lists(st.lists(st.integers(1, 5), min_size=4, max_size=4), min_size=2, max_size=2),
     start=st.integers(0, 3),
+    pads=st.lists(st.integers(0, 3), min_size=2, max_size=2),
+    left=st.booleans(),
 )
 def test_conjunctions_of_transformers(
-    conjunctions: list[list[Any]], remapped: bool, additive: bool, rows: list[list[int]], start: int
-) -> None:
-    """500 random conjunctions of its mask functions are proven to be exactly the tensor they make, or kept."""
+    conjunctions: list[list[Any]], remapped: bool, additive: bool, rows: list[list[int]], start: int,
+    pads: list[int], left: bool,
+) -> None:  # fmt: skip
+    """500 random conjunctions of its mask functions are proven to be exactly the tensor they make, or kept.
+
+    Under the promise of padding on the right they are, in the rows of tokens, where the promise holds.
+    """
     length = 7
     positions = torch.stack([torch.cat([torch.arange(start, start + n) for n in row] * 2)[:length] for row in rows])
 
-    def build(position_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    def build(position_ids: Tensor, attention_mask: Tensor, prefix: Tensor) -> list[Tensor]:
+        given = {"attention_mask": attention_mask, "prefix": prefix}
         documents = hf.find_packed_sequence_indices(position_ids)
         assert documents is not None
         arange = torch.arange(length)
@@ -518,22 +552,32 @@ def test_conjunctions_of_transformers(
         index += (arange[None, None, :, None], arange[None, None, None, :])
         masks = []
         for names in conjunctions:
-            function = hf.and_masks(*(_function(name, {"attention_mask": attention_mask}, documents) for name in names))
-            if remapped and not {"documents", "padding"} & set(map(str, names)):  # those are read at indices
+            function = hf.and_masks(*(_function(name, given, documents) for name in names))
+            if remapped and not {"documents", "padding", "prefix of the row"} & set(
+                map(str, names)
+            ):  # those are read at indices
                 function = hf.remap_positions_for_packed_sequence(function, position_ids)
                 function = hf.and_masks(function, hf.packed_sequence_mask_function(documents))
             mask = function(*index).expand(2, 1, length, length)
             masks.append(torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask)
         return masks
 
-    inputs = positions, torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    padding = [[0] * n + [1] * (length - n) if left else [1] * (length - n) + [0] * n for n in pads]
+    inputs = positions, torch.tensor(padding), torch.tensor([2, 4])
     gm = make_fx(build, pre_dispatch=True, tracing_mode="fake")(*inputs)
     (nodes,) = (n.args[0] for n in gm.graph.nodes if n.op == "output")
     values = recorded(gm, *inputs)
     for mask, names in zip(nodes, conjunctions, strict=True):
         result = prove(mask, (2, 4, length, length))
+        if "padding" in names and not left:
+            promised = prove(mask, (2, 4, length, length), right_padded=True)
+            if isinstance(promised, Mask):
+                real, tokens = (values[mask] == 0 if additive else values[mask]), inputs[1].bool()
+                meant = meaning(promised, length, length, values).expand_as(real)
+                assert torch.equal(meant.transpose(1, 2)[tokens], real.transpose(1, 2)[tokens]), str(promised)
         if isinstance(result, Kept):
-            simple = all(name in ("causal", "documents") or name[0] == "window" for name in names)
+            simple = all(name in ("causal", "documents") or name[0] in ("window", "chunks") for name in names)
+            simple = simple and not (remapped and "chunks" in {name[0] for name in names})  # at positions: not indices
             assert not simple, result.reason
             continue
         assert "padding" not in names
