@@ -28,7 +28,7 @@ def lower(
     from torch._inductor.compile_fx import compile_fx
 
     _name_constants(graph)
-    report.partitioner = Partitioner(options.memory_budget, strict=options.strict)
+    report.partitioner = Partitioner(options.memory_budget, strict=options.strict, host=options.host_memory_budget)
     patches = {
         **_mode(mode),
         "custom_partitioner_fn": report.partitioner,

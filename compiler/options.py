@@ -28,6 +28,8 @@ class Options:
         memory_budget: peak bytes that the step may use, weights and optimiser included: a number of bytes, a string
             ("24GiB", "80GB"), or a share of the device's memory (0.8, "80%"); 0 asks for as little as possible; None
             means what the device has free.
+        host_memory_budget: bytes of (pinned) host memory in which values may wait for backward, given like
+            memory_budget but for shares; None means half of what is free, 0 none.
         disable: names of passes to leave out ("rms_norm", "attention"; ``unsloth.explain`` lists them).
         strict: raise where the backend would otherwise warn and go on with what is left.
         lowering: "inductor", or "eager": run the rewritten graph under eager autograd (debugging, fast tests).
@@ -38,6 +40,7 @@ class Options:
     """
 
     memory_budget: int | None = None
+    host_memory_budget: int | None = None
     disable: tuple[str, ...] = ()
     strict: bool = False
     lowering: Literal["inductor", "eager"] = "inductor"
@@ -64,6 +67,7 @@ class Options:
                 )
         checks = {
             "memory_budget": parse_bytes,
+            "host_memory_budget": lambda value: parse_bytes(value, "host_memory_budget"),
             "disable": lambda value: _names(value, list(passes)),
             "strict": lambda value: _one_of("strict", value, (True, False)),
             "lowering": lambda value: _one_of("lowering", value, ("inductor", "eager")),
@@ -73,7 +77,7 @@ class Options:
         return cls(**{name: checks[name](value) for name, value in given.items()})
 
 
-def parse_bytes(value: int | float | str | None) -> int | None:
+def parse_bytes(value: int | float | str | None, option: str = "memory_budget") -> int | None:
     """Bytes from a number, a size with a unit, or a share of the current device's memory.
 
     ``"24GiB"`` is 24·2³⁰, ``"24GB"`` 24·10⁹; ``0.8``, ``"0.8"`` and ``"80%"`` are shares, which need a CUDA device.
@@ -89,16 +93,16 @@ def parse_bytes(value: int | float | str | None) -> int | None:
         value = str(value)
     if isinstance(value, str) and (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", value)):
         number, unit = float(found[1]), found[2].lower()
-        if unit == "%" or (not unit and "." in found[1]):
+        if option == "memory_budget" and (unit == "%" or (not unit and "." in found[1])):
             return _share(number / 100 if unit else number, value)
         if unit in _UNITS:
             return int(number * _UNITS[unit])
         close = difflib.get_close_matches(unit, [u for u in _UNITS if u], n=1, cutoff=0.5)
         meant = f", did you mean {found[1]} {_SPELT[close[0]]}?" if close else ""
-        raise OptionError(f"memory_budget {value!r} has an unknown unit{meant}; units are {', '.join(_SPELT.values())}")
+        raise OptionError(f"{option} {value!r} has an unknown unit{meant}; units are {', '.join(_SPELT.values())}")
     raise OptionError(
-        f"memory_budget {value!r} is not a size: give bytes, a string such as '24GiB' or '80GB', "
-        "or a share of the device's memory such as 0.8"
+        f"{option} {value!r} is not a size: give bytes, a string such as '24GiB' or '80GB'"
+        + (", or a share of the device's memory such as 0.8" if option == "memory_budget" else "")
     )
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import offload
+
 logger = logging.getLogger(__name__)
 
 LAUNCHES = 3
@@ -120,12 +122,19 @@ class Recorder:
         if recording is None:
             if self._launched[signature] < LAUNCHES or len(self._recordings) >= RECORDINGS or not self._fits(alone):
                 self._launched[signature] += 1
-                return step(dict(inputs))
+                return self._launch(step, inputs)
             recording = self._record(step, inputs, guards)
             if recording is None:
                 return step(dict(inputs))
             self._recordings[signature] = recording
         return self._replay(recording, inputs, alone)
+
+    def _launch(self, step: Step, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        before = offload.launched()
+        result = step(dict(inputs))
+        if offload.launched() != before:
+            self.stop("values wait in host memory")
+        return result
 
     def forget(self) -> bool:
         """Give back the memory of all recordings; returns whether there was one."""

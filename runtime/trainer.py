@@ -28,6 +28,7 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of
+from ..kernels import offload
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
 from .neftune import Neftune
@@ -312,6 +313,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
 
     def _spare(self) -> bool:
         """What memory can be had for the sake of speed alone."""
+        offload.forget()
         return self._recorder.stop("memory was short")
 
     def _start_again(self) -> Iterator[dict[str, Any]]:

@@ -154,14 +154,17 @@ class Liveness:
         library = LIBRARY_WORKSPACE if on_gpu else 0
         return Standing(sum(bytes_of.values()) - learned, learned, int(self.moments * learned), library)
 
-    def timeline(self, kept: Iterable[fx.Node]) -> Timeline:
-        """The timeline of a step that keeps those values."""
-        kept = {root(n) for n in kept}
+    def timeline(self, kept: Iterable[fx.Node], away: Iterable[fx.Node] = ()) -> Timeline:
+        """The timeline of a step that keeps those values, some of them away in host memory until they are read.
+
+        What is away comes back one at a time, each while backward works with the one before.
+        """
+        kept, away = {root(n) for n in kept}, {root(n) for n in away}
         walk = _Walk()
-        self._walk(walk, self._forward_order(kept), set(), kept | self.results, kept)
+        self._walk(walk, self._forward_order(kept), set(), (kept - away) | self.results, kept)
         turn = len(walk.names)
         tangents = {n for n in self.size if n.op == "placeholder" and n not in self.joint.forward_set}
-        self._walk(walk, self._backward_order(kept), kept | tangents, self.gradients, kept)
+        self._walk(walk, self._backward_order(kept), (kept - away) | tangents, self.gradients, kept, away)
         self.last_walk, self.last_turn = walk, turn
         return Timeline(self.standing, walk.names, turn, walk.kept, walk.gradients, walk.working)
 
@@ -201,7 +204,13 @@ class Liveness:
     # -- what is alive -------------------------------------------------------------------------------------------------
 
     def _walk(
-        self, walk: _Walk, order: list[fx.Node], alive: set[fx.Node], held: set[fx.Node], kept: set[fx.Node]
+        self,
+        walk: _Walk,
+        order: list[fx.Node],
+        alive: set[fx.Node],
+        held: set[fx.Node],
+        kept: set[fx.Node],
+        away: Collection[fx.Node] = (),
     ) -> None:
         unpacked = {op for op in order if unpacks(op.target) and all(map(is_free, op.all_input_nodes))}
         sources = self._sources([op for op in order if op not in unpacked], held)
@@ -210,9 +219,14 @@ class Liveness:
         kept_bytes = sum(self.size[n] for n in alive if n in kept)
         finished = 0
         alive = set(alive)
+        back = self._arrivals(order, sources, away)
         for i, operation in enumerate(order):
             if operation in unpacked or (operation not in sources):
                 continue
+            for s in back[i]:
+                alive.add(s)
+                live += self.size[s]
+                kept_bytes += self.size[s]
             read = [s for s in sources[operation] if not is_free(s) or s in alive]
             weights = sum(self.size[s] for s in read if maker(s) in unpacked)
             dying = [s for s in read if last[s] == i and s in alive and s not in held]
@@ -234,6 +248,22 @@ class Liveness:
                 live -= self.size[s]
                 if s in kept:
                     kept_bytes -= self.size[s]
+
+    def _arrivals(
+        self, order: list[fx.Node], sources: dict[fx.Node, tuple[fx.Node, ...]], away: Collection[fx.Node]
+    ) -> dict[int, list[fx.Node]]:
+        """Which values come back from the host when: the first when it is read, the others when the one before is."""
+        first: dict[fx.Node, int] = {}
+        for i, op in enumerate(order):
+            for s in sources.get(op, ()):
+                if s in away:
+                    first.setdefault(s, i)
+        arrivals: dict[int, list[fx.Node]] = defaultdict(list)
+        moment: int | None = None
+        for s, i in first.items():  # in the order in which they are read
+            arrivals[i if moment is None else moment].append(s)
+            moment = i
+        return arrivals
 
     def _overwrites(self, operation: fx.Node, made: int, dying: list[fx.Node]) -> int:
         if self.fused and _fuses(operation) and any(self.size[s] == made for s in dying):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
 from .planner import Planner
-from .schedule import unpack_where_used
+from .schedule import by_way_of_host, unpack_where_used
 from .words import BudgetError, below_floor, gib, in_words, sequence_length
 
 RESERVE = 0.05
@@ -41,17 +42,22 @@ class Partitioner(CustomPartitionerFn):
         budget: peak bytes of the whole step, the weights and the optimiser's state included; None means what the
             device has free now, less a reserve; 0 asks for as little as possible.
         policy: "keep" or "recompute", the extremes, or "auto": the fastest plan within the budget.
+        host: bytes of host memory that values may wait in; None means half of what is free now where there is a CUDA
+            device, and none elsewhere.
         strict: raise where planning fails, and where no plan is within the budget (:class:`BudgetError`), instead of
             going on with PyTorch's partition or the smallest plan, and a warning.
     """
 
-    def __init__(self, budget: int | None = None, policy: str = "auto", *, strict: bool = False) -> None:
+    def __init__(
+        self, budget: int | None = None, policy: str = "auto", *, strict: bool = False, host: int | None = None
+    ) -> None:
         if policy not in ("auto", "keep", "recompute"):
             raise ValueError(f"policy cannot be {policy!r}; it is 'auto', 'keep' or 'recompute'")
         self.policy, self.strict = policy, strict
         self.budget = budget
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
+        self.host = _free_host_bytes() if host is None else host
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
 
@@ -76,7 +82,7 @@ class Partitioner(CustomPartitionerFn):
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         joint, gradients, long_lived = joint_of(gm, num_fwd_outputs, indices)
         plan = self.choose(joint, gradients)
-        kept = set(plan.kept)
+        kept = set(plan.saved)
         # Symbolic numbers are saved where they are wanted; the cut drops whatever backward does not read.
         symbols = [n for n in joint.forward if torch_private.is_sym_node(n)]
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
@@ -85,6 +91,8 @@ class Partitioner(CustomPartitionerFn):
         for half in halves:
             if merge_norms(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
+        if plan.offloaded:
+            by_way_of_host(*halves, plan.offloaded, num_fwd_outputs)
         self.last_plan = plan
         return halves
 
@@ -96,15 +104,24 @@ class Partitioner(CustomPartitionerFn):
         elif self.policy == "keep" or (allowed := self._allowed(planner)) is None:
             found = planner.fastest
         else:
-            found = planner.within(allowed)
+            found = self._within(planner, allowed)
             found = (self._with_reason(found[0], planner, allowed), found[1])
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
         plan, self.last_timeline = found
-        if plan.policy == "keep":  # which is the common case, and needs no look at the layers
+        if plan.policy == "keep" and not plan.offloaded:  # which is the common case, and needs no look at the layers
             return replace(plan, words="everything that backward wants is kept")
-        kept = {planner.by_name[name] for name in plan.kept}
-        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers)))
+        kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
+        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), away))
+
+    def _within(self, planner: Planner, allowed: int) -> tuple[Plan, Timeline]:
+        """The fastest plan within a budget; host memory is used where that makes it faster, or possible."""
+        found = planner.within(allowed)
+        if found[0].policy == "keep" or not self.host or (other := planner.offloading(self.host)) is None:
+            return found
+        candidates = found, other.within(allowed)
+        fit = [c for c in candidates if c[0].peak_bytes <= allowed]
+        return min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
 
     def _allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
@@ -127,7 +144,7 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{ceilings()}-{_source_digest()}"
+        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{self.host}-{ceilings()}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -166,3 +183,10 @@ def _free_bytes() -> int | None:
     free, _ = torch.cuda.mem_get_info()
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return (free + cached) // 2**30 * 2**30
+
+
+def _free_host_bytes() -> int:
+    """Half of the host memory that is free, in whole GiB; none without a device that could use it."""
+    if not torch.cuda.is_available():
+        return 0
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30

@@ -44,6 +44,7 @@ class Tag(Enum):
 
     KEEP = "keep"
     RECOMPUTE = "recompute"
+    OFFLOAD = "offload"
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Plan:
         tags: a tag per forward value that backward needs, by node name. Graph inputs and views are not listed: the
             former are there anyway, the latter are what their base is.
         saved_bytes: bytes of the kept values, symbolic sizes at their hints.
+        host_bytes: bytes of the offloaded values.
         why: why this policy was chosen.
         peak_bytes: of the whole step, predicted; 0 where nobody asked.
-        seconds: what computing again adds to the step, predicted.
+        seconds: what computing again adds to the step, and waiting for the link to the host; predicted.
         parts: the peak by category.
         words: what is kept and what is not, for people.
     """
@@ -70,6 +72,7 @@ class Plan:
     seconds: float = 0.0
     parts: Mapping[str, int] = field(default_factory=dict)
     words: str = ""
+    host_bytes: int = 0
 
     @property
     def kept(self) -> list[str]:
@@ -78,6 +81,16 @@ class Plan:
     @property
     def recomputed(self) -> list[str]:
         return [name for name, tag in self.tags.items() if tag is Tag.RECOMPUTE]
+
+    @property
+    def offloaded(self) -> list[str]:
+        """What waits in host memory for backward."""
+        return [name for name, tag in self.tags.items() if tag is Tag.OFFLOAD]
+
+    @property
+    def saved(self) -> list[str]:
+        """What forward hands to backward: what is kept, and what is offloaded."""
+        return [name for name, tag in self.tags.items() if tag is not Tag.RECOMPUTE]
 
     @property
     def digest(self) -> str:
@@ -89,6 +102,8 @@ class Plan:
             f"{self.policy} ({self.why}): {len(self.kept)} values kept, {self.saved_bytes / 2**30:.2f} GiB; "
             f"{len(self.recomputed)} computed again"
         )
+        if self.offloaded:
+            text += f", {len(self.offloaded)} offloaded ({self.host_bytes / 2**30:.2f} GiB)"
         if self.peak_bytes:
             text += f"; peak {self.peak_bytes / 2**30:.2f} GiB, {self.seconds * 1e3:.1f} ms of computing again"
         return f"{text}\n{self.words}" if self.words else text

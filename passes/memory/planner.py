@@ -12,18 +12,20 @@ rung at least as high, so it is never slower.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import fx
 
-from .costs import Sizes
-from .joint import Joint, layers
-from .liveness import MOMENTS, Liveness, Timeline
+from .costs import Sizes, pinned_bytes
+from .joint import Joint, is_statistic, layers
+from .liveness import MOMENTS, Liveness, Timeline, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
-from .plan import Plan, keep_plan, plan_of, recompute_plan
+from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
 
 RUNGS = 256
 BUCKETS = 4096
@@ -38,6 +40,9 @@ class Planner:
         sizes: what values cost, and on which device.
         moments: tensors per trained one that the optimiser holds.
         fused: whether elementwise operators are fused.
+
+    Attributes:
+        away: values that wait in host memory wherever a plan keeps them.
     """
 
     def __init__(
@@ -47,14 +52,54 @@ class Planner:
         self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused)
         self.by_name = {n.name: n for n in joint.forward}
         self.home = layers(joint)
+        self.away: frozenset[fx.Node] = frozenset()
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
+
+    def offloading(self, host: int) -> Planner | None:
+        """A planner whose plans leave what crosses the borders of layers in host memory, as far as it goes.
+
+        The last layer's value stays, because backward reads it first, and the last ones' do where not all can go.
+
+        Args:
+            host: bytes of host memory that may be taken.
+
+        Returns:
+            None where there is nothing to offload, or no room for it.
+        """
+        away, left = [], host
+        nodes = (self.by_name[name] for name in self.smallest[0].kept)
+        crossing = [n for n in nodes if n in self.home and root(n) is n and not is_statistic(n)]
+        for node in crossing[:-1]:
+            taken = pinned_bytes(self.sizes.bytes(node))
+            if taken <= left:
+                away.append(node)
+                left -= taken
+        if not away:
+            return None
+        other = copy.copy(self)
+        other.away, other.rungs = frozenset(away), {}
+        for name in ("fastest", "smallest", "layers", "choices", "needs"):
+            vars(other).pop(name, None)
+        return other
 
     def price(self, plan: Plan) -> tuple[Plan, Timeline]:
         """The plan with its peak and its seconds, and the step's timeline."""
-        timeline = self.liveness.timeline(self.by_name[name] for name in plan.kept)
-        again = self.liveness.again()
-        seconds = sum(self.sizes.seconds(n) for n in again)
-        return dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=seconds, parts=timeline.parts), timeline
+        away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
+        timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away)
+        seconds = sum(self.sizes.seconds(n) for n in self.liveness.again())
+        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=seconds, parts=timeline.parts)
+        return (self._offloaded(priced, away) if away else priced), timeline
+
+    def _offloaded(self, plan: Plan, away: set[fx.Node]) -> Plan:
+        """The same plan with those values in host memory; the link is waited for where arithmetic does not hide it."""
+        walk, turn = self.liveness.last_walk, self.liveness.last_turn
+        moved = sum(map(self.sizes.bytes, away))
+        halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
+        waiting = sum(max(0.0, moved / self.sizes.device.link - busy) for busy in halves)
+        tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
+        return dataclasses.replace(
+            plan, tags=tags, seconds=plan.seconds + waiting, saved_bytes=plan.saved_bytes - moved, host_bytes=moved
+        )
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
@@ -94,7 +139,7 @@ class Planner:
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
-        least, most = ([self.by_name[name] for name in plan.kept] for plan, _ in (self.smallest, self.fastest))
+        least, most = ([self.by_name[name] for name in plan.saved] for plan, _ in (self.smallest, self.fastest))
         return read_layers(self.joint, self.home, (least, most), self.sizes)
 
     @functools.cached_property
@@ -106,8 +151,19 @@ class Planner:
                 found = patterns(layer, self.joint, self.sizes)
                 solved[layer.signature] = found or self._extremes(layer)
         longest = max(map(len, solved.values()))
+        layer_choices: list[list[Pattern]] = []
         padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
-        return [padded[layer.signature] for layer in self.layers]
+        there: dict[Any, list[Pattern]] = {}  # bytes on the device
+        for layer in self.layers:
+            gone = frozenset(i for i, n in enumerate(layer.values) if n in self.away)
+            if (layer.signature, gone) not in there:
+                there[layer.signature, gone] = [self._without(p, layer, gone) for p in padded[layer.signature]]
+            layer_choices.append(there[layer.signature, gone])
+        return layer_choices
+
+    def _without(self, pattern: Pattern, layer: Layer, gone: frozenset[int]) -> Pattern:
+        moved = sum(self.sizes.bytes(layer.values[i]) for i in pattern.kept & gone)
+        return dataclasses.replace(pattern, bytes=pattern.bytes - moved) if moved else pattern
 
     def _extremes(self, layer: Layer) -> list[Pattern]:
         """Without a solver: all or nothing. The figures are those of the plans as a whole, shared evenly."""
@@ -195,7 +251,7 @@ class Planner:
 
     def assembled(self, chosen: Sequence[int]) -> Plan:
         """The plan in which each layer keeps its chosen pattern, and the rest of the model as little as it can."""
-        least = [self.by_name[name] for name in self.smallest[0].kept]
+        least = [self.by_name[name] for name in self.smallest[0].saved]
         kept = {n for n in least if n not in self.home}
         for layer, choice, rank in zip(self.layers, self.choices, chosen, strict=True):
             kept.update(members(layer, choice[rank]))

@@ -1,15 +1,23 @@
-"""Where in a graph a value is made, once it is decided what is kept.
+"""Where in a graph a value is made, once it is decided what is kept, and when it goes to the host and comes back.
 
 A packed weight (NF4, say) is unpacked for one product and takes several times its packed bytes. Where a plan runs the
 same product twice, forward's again and then backward's, one unpacked weight would be alive from the one to the other,
 and so would those of a whole layer. Unpacking again costs one more pass over the weight, so only one is ever alive.
+
+An offloaded value leaves as soon as it is made. It is fetched right before backward first reads it, after what backward
+computed just before, and by then it is under way: the fetch before it had it started.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 from torch import fx
 
-from .joint import base, is_free, is_view, unpacks
+from ...kernels.offload import fetch, offload
+from ...kernels.operator import Operator
+from .joint import base, is_free, is_value, is_view, unpacks
 
 
 def unpack_where_used(graph: fx.Graph) -> int:
@@ -51,3 +59,62 @@ def _view_of(graph: fx.Graph, source: fx.Node, old: fx.Node, new: fx.Node) -> fx
     assert isinstance(inner, fx.Node)
     replacement = _view_of(graph, inner, old, new)  # first, so that it stands before its view
     return graph.node_copy(source, lambda n: replacement if n is inner else n)
+
+
+# -- by way of the host ------------------------------------------------------------------------------------------------
+
+
+def by_way_of_host(
+    forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[str], num_fwd_outputs: int
+) -> None:
+    """Have values that forward saves wait for backward in host memory; both graphs change in place.
+
+    Args:
+        names: of the values, which are outputs of forward and inputs of backward under one name.
+        num_fwd_outputs: how many of forward's outputs are the model's own.
+    """
+    (output,) = forward.graph.find_nodes(op="output")
+    outputs = list(output.args[0])
+    for i, value in enumerate(outputs[num_fwd_outputs:], num_fwd_outputs):
+        if isinstance(value, fx.Node) and value.name in names:
+            with forward.graph.inserting_after(value):
+                outputs[i] = _call(forward.graph, offload, value)
+    output.args = (tuple(outputs) if isinstance(output.args[0], tuple) else outputs,)
+    forward.recompile()
+    _fetch_before_use(backward.graph, [n for n in backward.graph.find_nodes(op="placeholder") if n.name in names])
+    backward.recompile()
+
+
+def _fetch_before_use(graph: fx.Graph, waiting: list[fx.Node]) -> None:
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    first = {n: min(n.users, key=order.__getitem__) for n in waiting if n.users}
+    read = sorted(first, key=lambda n: order[first[n]])
+    for host, ahead in zip(read, [*read[1:], None], strict=True):
+        after = _just_before(first[host], order)
+        on_device = host.meta["val"]
+        host.meta = {**host.meta, "val": offload.fake(on_device)}  # type: ignore[misc]
+        with graph.inserting_before(first[host]):
+            fetched = _call(graph, fetch, after, host, ahead)
+        fetched.meta["val"] = on_device
+        host.replace_all_uses_with(fetched, lambda user, new=fetched: user is not new and user.target is not _FETCH)
+
+
+_FETCH: Any = fetch.launch[fetch.overload]
+
+
+def _just_before(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:
+    """What was computed last before a node, of all that is read there or later anyway; else any tensor there is."""
+    place = order[node]
+    for found in reversed(list(order)[:place]):
+        computed = found.op == "call_function" and is_value(found) and not is_view(found)
+        if computed and any(order.get(user, 0) >= place for user in found.users):
+            return found
+    return next(n for n in order if n.op == "placeholder" and is_value(n))
+
+
+def _call(graph: fx.Graph, operator: Operator, *args: fx.Node | None) -> fx.Node:
+    """A call of an operator of ours in a differentiated graph."""
+    node = graph.call_function(operator.launch[operator.overload], args)
+    assert operator.fake is not None
+    node.meta = {"val": operator.fake(*(a if a is None else a.meta["val"] for a in args))}
+    return node
