@@ -28,8 +28,6 @@ class Options:
         memory_budget: peak bytes that the step may use, weights and optimiser included: a number of bytes, a string
             ("24GiB", "80GB"), or a share of the device's memory (0.8, "80%"); 0 asks for as little as possible; None
             means what the device has free.
-        host_memory_budget: bytes of (pinned) host memory in which values may wait for backward, given like
-            memory_budget but for shares; None means half of what is free, 0 none.
         disable: names of passes to leave out ("rms_norm", "attention"; ``unsloth.explain`` lists them).
         strict: raise where the backend would otherwise warn and go on with what is left.
         lowering: "inductor", or "eager": run the rewritten graph under eager autograd (debugging, fast tests).
@@ -37,15 +35,17 @@ class Options:
             Dropped logits raise a clear error when they are read.
         padding: "any", or "right": a promise that attention masks hide tokens at the end of a row only, and that
             nothing is read at hidden positions (their labels are ignored). Causal attention then needs no mask.
+        host_memory_budget: bytes of (pinned) host memory in which values may wait for backward, given like
+            memory_budget but for shares; None means half of the machine's, 0 none.
     """
 
     memory_budget: int | None = None
-    host_memory_budget: int | None = None
     disable: tuple[str, ...] = ()
     strict: bool = False
     lowering: Literal["inductor", "eager"] = "inductor"
     logits: Literal["keep", "drop"] = "keep"
     padding: Literal["any", "right"] = "any"
+    host_memory_budget: int | None = None
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, passes: Iterable[str] = ()) -> Options:

@@ -157,14 +157,20 @@ class Liveness:
     def timeline(self, kept: Iterable[fx.Node], away: Iterable[fx.Node] = ()) -> Timeline:
         """The timeline of a step that keeps those values, some of them away in host memory until they are read.
 
-        What is away comes back one at a time, each while backward works with the one before.
+        What is away stays until the next one leaves, and comes back one at a time, each while backward works with the
+        one before.
         """
         kept, away = {root(n) for n in kept}, {root(n) for n in away}
         walk = _Walk()
-        self._walk(walk, self._forward_order(kept), set(), (kept - away) | self.results, kept)
+        forward = self._forward_order(kept)
+        made = {n for op in forward for n in self.writes[op]}
+        leaving = sorted(away & made, key=self.order.__getitem__)
+        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving)
         turn = len(walk.names)
         tangents = {n for n in self.size if n.op == "placeholder" and n not in self.joint.forward_set}
-        self._walk(walk, self._backward_order(kept), (kept - away) | tangents, self.gradients, kept, away)
+        self._walk(
+            walk, self._backward_order(kept), (kept - away) | tangents | {*leaving[-1:]}, self.gradients, kept, away
+        )
         self.last_walk, self.last_turn = walk, turn
         return Timeline(self.standing, walk.names, turn, walk.kept, walk.gradients, walk.working)
 
@@ -211,10 +217,18 @@ class Liveness:
         held: set[fx.Node],
         kept: set[fx.Node],
         away: Collection[fx.Node] = (),
+        leaving: Sequence[fx.Node] = (),
     ) -> None:
         unpacked = {op for op in order if unpacks(op.target) and all(map(is_free, op.all_input_nodes))}
-        sources = self._sources([op for op in order if op not in unpacked], held)
+        sources = self._sources([op for op in order if op not in unpacked], held | {*leaving})
         last = {s: i for i, op in enumerate(order) if op in sources for s in sources[op]}
+        place = {op: i for i, op in enumerate(order)}
+        leave: dict[int, list[fx.Node]] = defaultdict(list)
+        for s, following in zip(leaving, [*leaving[1:], None], strict=False):
+            until = len(order) if following is None else place[maker(following)]
+            if until > last.get(s, -1):  # its copy is under way
+                last[s] = until
+                leave[until].append(s)
         live = sum(self.size[n] for n in alive)
         kept_bytes = sum(self.size[n] for n in alive if n in kept)
         finished = 0
@@ -224,12 +238,14 @@ class Liveness:
             if operation in unpacked or (operation not in sources):
                 continue
             for s in back[i]:
-                alive.add(s)
-                live += self.size[s]
-                kept_bytes += self.size[s]
+                if s not in alive:
+                    alive.add(s)
+                    live += self.size[s]
+                    kept_bytes += self.size[s]
             read = [s for s in sources[operation] if not is_free(s) or s in alive]
             weights = sum(self.size[s] for s in read if maker(s) in unpacked)
             dying = [s for s in read if last[s] == i and s in alive and s not in held]
+            gone = [s for s in leave[i] if s in alive and s not in read]
             new = [n for n in self.writes[operation] if n not in alive]
             made = self.made[operation]
             grown = live + made - self._overwrites(operation, made, dying) + weights + self.sizes.workspace(operation)
@@ -243,7 +259,7 @@ class Liveness:
             alive.update(wanted)
             kept_bytes += sum(self.size[n] for n in wanted if n in kept and n in held)
             finished += sum(self.size[n] for n in wanted if n in self.gradients and n in held)
-            for s in dying:
+            for s in (*dying, *gone):
                 alive.discard(s)
                 live -= self.size[s]
                 if s in kept:

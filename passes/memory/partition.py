@@ -42,7 +42,7 @@ class Partitioner(CustomPartitionerFn):
         budget: peak bytes of the whole step, the weights and the optimiser's state included; None means what the
             device has free now, less a reserve; 0 asks for as little as possible.
         policy: "keep" or "recompute", the extremes, or "auto": the fastest plan within the budget.
-        host: bytes of host memory that values may wait in; None means half of what is free now where there is a CUDA
+        host: bytes of host memory that values may wait in; None means half of the machine's where there is a CUDA
             device, and none elsewhere.
         strict: raise where planning fails, and where no plan is within the budget (:class:`BudgetError`), instead of
             going on with PyTorch's partition or the smallest plan, and a warning.
@@ -57,7 +57,7 @@ class Partitioner(CustomPartitionerFn):
         self.budget = budget
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
-        self.host = _free_host_bytes() if host is None else host
+        self.host = _host_bytes() if host is None else host
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
 
@@ -185,8 +185,11 @@ def _free_bytes() -> int | None:
     return (free + cached) // 2**30 * 2**30
 
 
-def _free_host_bytes() -> int:
-    """Half of the host memory that is free, in whole GiB; none without a device that could use it."""
+def _host_bytes() -> int:
+    """Half of the machine's memory, in whole GiB; none without a device that could use it.
+
+    Not of what is free: a cached graph is found by this number, and free memory differs from run to run.
+    """
     if not torch.cuda.is_available():
         return 0
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30

@@ -143,17 +143,22 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Give the classes back as they were."""
+    """Have the classes do again what they did."""
     import trl
 
     for cls in _changed:
-        del cls.__new__  # pyright: ignore[reportAttributeAccessIssue]
+        # Not deleted: CPython then goes on calling the slot, and object's refuses the arguments that are __init__'s.
+        cls.__new__ = staticmethod(_new)  # pyright: ignore[reportAttributeAccessIssue]
     for name in _added:
         delattr(trl, name)
     _changed.clear()
     _added.clear()
     install.cache_clear()
     shims.withdraw("trl")
+
+
+def _new(asked: type, *args: Any, **given: Any) -> Any:
+    return object.__new__(asked)
 
 
 def _give_new(cls: type, choose: Callable[[type, tuple[Any, ...], dict[str, Any]], type | None]) -> None:

@@ -212,13 +212,18 @@ def test_trl_trainers_become_ours_for_our_models_only(model, tokenizer, tmp_path
         trl.SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=rows, max_seq_len=3)
 
 
-def test_everything_is_given_back(model):
-    assert "__new__" in vars(trl.SFTTrainer) and trl.ORPOTrainer is not None
+def test_everything_is_given_back(model, tokenizer, tmp_path):
+    rows = Dataset.from_list(conversations(2))
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     old_names.uninstall()
-    assert "__new__" not in {*vars(trl.SFTTrainer), *vars(trl.SFTConfig), *vars(transformers.TrainingArguments)}
     assert unsloth.compiler.shims.declared() == ()
+    assert type(trl.SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)) is trl.SFTTrainer
+    with pytest.raises(TypeError, match="tokenizer"):
+        trl.SFTTrainer(model=model, args=args, tokenizer=tokenizer, train_dataset=rows)
+    with pytest.raises(TypeError, match="max_seq_length"):
+        trl.SFTConfig(output_dir=str(tmp_path), max_seq_length=3)
     old_names.install()
-    assert "__new__" in vars(trl.SFTTrainer)
+    assert type(trl.SFTTrainer(model=model, args=args, tokenizer=tokenizer, train_dataset=rows)) is not trl.SFTTrainer
 
 
 def test_the_models_length_is_the_default(model, tokenizer):
