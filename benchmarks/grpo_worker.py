@@ -7,15 +7,12 @@ advantages and masks are given: nothing is generated, no reward is computed. Wha
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -201,19 +198,5 @@ def measure(work: Policy) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """``grpo_worker.py WORKLOAD_JSON OUTPUT_FILE``"""
-    work = Policy(**json.loads(sys.argv[1]))
-    if work.system == "unsloth":
-        with contextlib.suppress(ImportError):
-            import unsloth as _  # noqa: F401  it has to come before transformers
-    try:
-        row = measure(work)
-    except Exception as error:  # noqa: BLE001  a failure is a result
-        traceback.print_exc()
-        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    Path(sys.argv[2]).write_text(json.dumps(row | worker.environment(work.device)))
-
-
 if __name__ == "__main__":
-    main()
+    worker.serve(Policy, measure)

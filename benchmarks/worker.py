@@ -363,9 +363,9 @@ def _models(name: str) -> Any:
     return module
 
 
-def main() -> None:
-    """``worker.py WORKLOAD_JSON OUTPUT_FILE``"""
-    work = Workload(**json.loads(sys.argv[1]))
+def serve(kind: Callable[..., Any], measure: Callable[[Any], dict[str, Any]]) -> None:
+    """Measure the workload of the command line's first argument, JSON, and write the row to its second, a file."""
+    work = kind(**json.loads(sys.argv[1]))
     if work.system == "unsloth":
         with contextlib.suppress(ImportError):
             import unsloth as _  # noqa: F401  it has to come before transformers
@@ -378,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Workload, measure)

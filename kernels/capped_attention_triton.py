@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .cross_entropy_triton import _tanh
 from .low_rank_product import INTERPRETED
 
 # -- in kernels --------------------------------------------------------------------------------------------------------
@@ -19,13 +20,6 @@ def _dot(x, y, PRECISION: tl.constexpr):
     if INTERPRETED:  # there bfloat16 is stored as integers, and multiplied as such
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision=PRECISION)
-
-
-@triton.jit
-def _tanh(x):
-    e = tl.exp(-2 * tl.abs(x))
-    t = (1 - e) / (1 + e)
-    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
