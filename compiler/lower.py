@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 
+from ..kernels.operator import OPERATORS
 from ..passes.memory.partition import Partitioner
 from .inline import InlineReferences
 from .options import Options
@@ -28,6 +29,7 @@ def lower(
     from torch._inductor.compile_fx import compile_fx
 
     _name_constants(graph)
+    _declare_opaque()
     report.partitioner = Partitioner(options.memory_budget, strict=options.strict, host=options.host_memory_budget)
     patches = {
         **_mode(mode),
@@ -37,6 +39,22 @@ def lower(
         "emulate_precision_casts": True,
     }
     return compile_fx(graph, list(example_inputs), config_patches=patches)
+
+
+def _declare_opaque() -> None:
+    """Have Inductor know that it calls our operators as they are.
+
+    It would find out by itself. But up to torch 2.12 it then writes out the operator's arguments, for a log that nobody
+    reads, and all that those were computed from: exponential in the depth at which an operator is first met.
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for operator in OPERATORS.values():
+        for launch in operator.launch.values():
+            if launch not in lowerings:
+                tag = get_layout_constraint_tag(launch, with_default=True)
+                make_fallback(launch, layout_constraint=tag_to_layout_constraint(tag), warn=False)
 
 
 def _name_constants(graph: fx.GraphModule) -> None:

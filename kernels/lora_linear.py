@@ -17,12 +17,14 @@ traffic: z is read for xa and for the gradient of A, dy for the gradient of B an
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from . import thin_products
 from .low_rank_product import low_rank_product
 from .operator import operator
 from .reasons import dtype_is
@@ -129,6 +131,30 @@ def _product_plus(a: Tensor, b: Tensor, p: Tensor, q: Tensor, scale: float = 1.0
     return y
 
 
+def of_each(thin: Tensor, Bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns of xa or dxa that belong to each layer of several that share an input."""
+    return thin.split_with_sizes([B.shape[1] for B in Bs], -1)
+
+
+def up_gradients(
+    dys: Sequence[Tensor], xa: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """dxa, [M, ranks], and the dBᵢ of gradients [M, outᵢ]: by one reading of each where that is supported."""
+    if thin_products.unsupported(dys[0], *(B.shape[1] for B in Bs)) is None and dys[0].shape[0]:
+        return thin_products.up_products(dys, xa, Bs, scales)
+    dxa = xa.new_empty(xa.shape)
+    for dy, B, scale, own in zip(dys, Bs, scales, of_each(dxa, Bs), strict=True):
+        own.addmm_(dy, B, beta=0, alpha=scale)
+    return dxa, [_product(dy.T, own, s) for dy, own, s in zip(dys, of_each(xa, Bs), scales, strict=True)]
+
+
+def a_gradient(dxa: Tensor, x: Tensor) -> Tensor:
+    """dA = dxaᵀ x of [M, ranks] and [M, in]: a library's product is slow where the ranks are many, ours elsewhere."""
+    if dxa.shape[1] > thin_products.WIDEST and thin_products.unsupported(x) is None and dxa.shape[0]:
+        return thin_products.down_product(dxa, x)
+    return _product(dxa.T, x)
+
+
 def _forward(
     x: Tensor, adapter_input: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -151,18 +177,22 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     need_x, need_z, need_bias, need_a, need_b = needs
     dy, z, shared = _rows(grad), _saved_input(x, adapter_input), adapter_input is None
-    dx = dz = da = None
+    dx = dz = da = db = None
     if need_a or need_z or (need_x and shared):
-        dxa = _product(dy, B, scale)
+        if need_b:
+            dxa, (db,) = up_gradients([dy], _rows(xa), [B], [scale])
+        else:
+            dxa = _product(dy, B, scale)
         if need_a:
-            da = _product(dxa.T, _rows(z))
+            da = a_gradient(dxa, _rows(z))
         if need_z:
             dz = _product(dxa, A).view(z.shape)
         if need_x and shared:
             dx = _product_plus(dy, weight, dxa, A).view(z.shape)
     if need_x and not shared:
         dx = _product(dy, weight).view(z.shape)
-    db = _product(dy.T, _rows(xa), scale) if need_b else None
+    if need_b and db is None:
+        db = _product(dy.T, _rows(xa), scale)
     return dx, dz, dy.sum(0) if need_bias else None, da, db
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lora_linear import _operations, _product, _product_plus, _rounded, _rows, _wide
+from .lora_linear import _operations, _product, _product_plus, _rounded, _rows, _wide, a_gradient, of_each, up_gradients
 from .low_rank_product import low_rank_product
 from .operator import Operator, operator
 from .reasons import dtype_is
@@ -35,7 +35,7 @@ class _Layers(NamedTuple):
 
     def of_each(self, xa: Tensor) -> Sequence[Tensor]:
         """The columns of xa that belong to each layer."""
-        return xa.split_with_sizes([B.shape[1] for B in self.Bs], -1)
+        return of_each(xa, self.Bs)
 
 
 def _layers(count: int, rest: Sequence[Any]) -> _Layers:
@@ -124,19 +124,22 @@ def _backward(count: int, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
     grads, x, A, layers, xa, (need_x, need_a, *need_each) = _saved(count, args)
     dys = [_rows(dy) for dy in grads]
     dx = da = None
+    dBs: list[Tensor | None] = [None] * count
     if need_x or need_a:
-        dxa = A.new_empty(dys[0].shape[0], A.shape[0])
-        for dy, B, scale, own in zip(dys, layers.Bs, layers.scales, layers.of_each(dxa), strict=True):
-            own.addmm_(dy, B, beta=0, alpha=scale)
+        if all(need_each[count:]):
+            dxa, dBs[:] = up_gradients(dys, _rows(xa), layers.Bs, layers.scales)
+        else:
+            dxa = A.new_empty(dys[0].shape[0], A.shape[0])
+            for dy, B, scale, own in zip(dys, layers.Bs, layers.scales, layers.of_each(dxa), strict=True):
+                own.addmm_(dy, B, beta=0, alpha=scale)
         if need_a:
-            da = _product(dxa.T, _rows(x))
+            da = a_gradient(dxa, _rows(x))
         if need_x:
             dx = _sum_of_products(dys, layers.weights, dxa, A).view(x.shape)
     dbiases = [dy.sum(0) if need else None for dy, need in zip(dys, need_each[:count], strict=True)]
-    dBs = [
-        _product(dy.T, own, scale) if need else None
-        for dy, own, scale, need in zip(dys, layers.of_each(_rows(xa)), layers.scales, need_each[count:], strict=True)
-    ]
+    for i, (dy, own) in enumerate(zip(dys, layers.of_each(_rows(xa)), strict=True)):
+        if need_each[count + i] and dBs[i] is None:
+            dBs[i] = _product(dy.T, own, layers.scales[i])
     return dx, da, *dbiases, *dBs
 
 

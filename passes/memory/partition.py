@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
 from ..runner import CompilerWarning
 from . import torch_private
+from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
 from .joint import Joint, read_joint
 from .liveness import Timeline
@@ -89,7 +90,7 @@ class Partitioner(CustomPartitionerFn):
         saved = inputs + [n for n in joint.forward if n.name in kept]
         halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, long_lived)
         for half in halves:
-            if merge_norms(half.graph) + unpack_where_used(half.graph):
+            if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         if plan.offloaded:
             by_way_of_host(*halves, plan.offloaded, num_fwd_outputs)

@@ -1,0 +1,527 @@
+"""What backward of adapted layers wants of its large matrices, from one reading of each.
+
+An adapter of rank r (LoRA: Hu et al. 2021, arXiv:2106.09685) multiplies activations of thousands of columns with
+matrices of r columns. Such products are bound by reading the activations, and a library reads them once for each. Here
+[M, N] is a large matrix, rows are tokens, and all else is thin:
+
+* ``up_products``: with y = x Wᵀ + scale · xa Bᵀ, the gradients dxa = scale · dy B and dB = scale · dyᵀ xa of up to
+  three layers that read one input (their xa are columns of one matrix, and so are their dxa);
+* ``down_product``: dA = dxaᵀ x, where x may be given as what it was before its norm, x = z · rstd · (weight + offset):
+  dA = (rstd · dxa)ᵀ z · (weight + offset), which spares making the norm again;
+* ``glu_products``: all that a gated MLP wants of its widest matrices. With h = act(gate) · up and dh the gradient of
+  h: dgate and dup, the dxa and dB of the layers that made gate and up, and the dA of the layer that read h. h is
+  never in memory.
+
+A program holds a block of columns and walks down some of the rows. What is summed over rows stays in its registers
+and is written once; what is summed over columns, which other programs hold, is written for each block. These partial
+sums are float32, and a second kernel adds them in a fixed order. Traffic beside one reading of the large matrices is
+2 · 4 R / BLOCK_N bytes an element for the sums over columns (R: the rank rounded up to 16 or 32), which the cache takes
+most of: 0.5 of 2 bytes at rank 16. For a 4096 x 14336 MLP in bf16, five large matrices move in place of thirteen:
+0.59 GB, 0.20 ms at 2.97 TB/s (H100 copy), in place of 1.53 GB.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .glu import _share
+from .launch import Fresh, Launch, by_layout
+
+WIDEST = 32
+"""Ranks above this gain nothing: the partial sums move as much as another reading of the matrix."""
+MOST = 3
+"""Layers at once."""
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Tiling(NamedTuple):
+    """How a kernel walks."""
+
+    rows: int
+    columns: int
+    warps: int
+    per_processor: int
+    """Programs that are started for each multiprocessor."""
+    stages: int = 2
+
+
+# The fastest of nine (up, down) and nineteen (glu) on an H100, 4096 tokens, see benchmarks/NOTES.md.
+UP = Tiling(64, 256, warps=8, per_processor=2)
+DOWN = Tiling(64, 128, warps=4, per_processor=4, stages=3)
+GLU = Tiling(32, 128, warps=4, per_processor=4, stages=3)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, total):
+    if INTERPRETED:  # there bfloat16 is stored as integers, and multiplied as such
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _dot_over_rows(tile, thin, total):
+    return _dot(tl.trans(tile), thin, total)
+
+
+@triton.jit
+def _settled(x):
+    """x itself, once: the compiler may not make it again in the layout that a product wants."""
+    if INTERPRETED:
+        return x
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def _thin(x, row, pitch, rank, M, R: tl.constexpr):
+    """Rows of a thin matrix, [BM, R]."""
+    r = tl.arange(0, R)
+    return tl.load(x + row[:, None] * pitch + r[None, :], mask=(row < M)[:, None] & (r < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _place(block, index, rows, BLOCK: tl.constexpr, R: tl.constexpr):
+    """Where in partial sums [blocks, rows, R] a tile of rows begins, and its lanes."""
+    lanes = tl.arange(0, BLOCK)[:, None] * R + tl.arange(0, R)[None, :]
+    return (tl.cast(block, tl.int64) * rows + index) * R, lanes
+
+
+@triton.jit(do_not_specialize=["M", "span"])
+def _products_kernel(
+    x1, x2, x3,
+    thin,
+    B1, B2, B3,
+    rstd, weight,
+    partials,
+    M, N1, N2, N3,
+    pitch1, pitch2, pitch3, thin_pitch,
+    B1_pitch, B2_pitch, B3_pitch,
+    rank1, rank2, rank3,
+    blocks, span, over_columns, offset,
+    BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    x, B, N, pitch, B_pitch, rank, first, position = x1, B1, N1, pitch1, B1_pitch, rank1, 0, block
+    if x2 is not None:  # noqa: SIM102  decided when compiling
+        if block >= tl.cdiv(N1, BN):
+            x, B, N, pitch, B_pitch, rank, first = x2, B2, N2, pitch2, B2_pitch, rank2, rank1
+            position = block - tl.cdiv(N1, BN)
+    if x3 is not None:  # noqa: SIM102
+        if block >= tl.cdiv(N1, BN) + tl.cdiv(N2, BN):
+            x, B, N, pitch, B_pitch, rank, first = x3, B3, N3, pitch3, B3_pitch, rank3, rank1 + rank2
+            position = block - tl.cdiv(N1, BN) - tl.cdiv(N2, BN)
+    column = position * BN + tl.arange(0, BN)
+    inside = column < N
+    if B is not None:
+        b = _thin(B, column, B_pitch, rank, N, R)
+    sums = tl.zeros((BN, R), dtype=tl.float32)
+    start = split * span
+    for at in range(start, tl.minimum(start + span, M), BM):
+        row = at + tl.arange(0, BM)
+        base = x + tl.cast(at, tl.int64) * pitch
+        tile = tl.load(
+            base + tl.arange(0, BM)[:, None] * pitch + column[None, :],
+            mask=(row < M)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        t = _thin(thin + first, row, thin_pitch, rank, M, R)
+        if rstd is not None:
+            t = (t.to(tl.float32) * tl.load(rstd + row, mask=row < M, other=0.0)[:, None]).to(t.dtype)
+        sums = _dot_over_rows(tile, t, sums)
+        if B is not None:
+            begin, lanes = _place(block, at, M, BM, R)
+            products = _dot(tile, b, tl.zeros((BM, R), dtype=tl.float32))
+            tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
+    if weight is not None:
+        sums *= (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)[:, None]
+    elif rstd is not None:
+        sums *= offset
+    begin, lanes = _place(split, block * BN, blocks * BN, BN, R)
+    tl.store(partials + begin + lanes, sums)
+
+
+@triton.jit(do_not_specialize=["M", "span"])
+def _glu_kernel(
+    dh, gate, up,
+    dxa_down, xa, B1, B2,
+    dgate, dup, partials,
+    M, N,
+    dh_pitch, gate_pitch, up_pitch, down_pitch, xa_pitch, B1_pitch, B2_pitch,
+    rank_down, rank1, rank2,
+    blocks, span, splits, over_columns,
+    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    column = block * BN + tl.arange(0, BN)
+    inside = column < N
+    b1, b2 = _thin(B1, column, B1_pitch, rank1, N, R), _thin(B2, column, B2_pitch, rank2, N, R)
+    sums1 = tl.zeros((BN, R), dtype=tl.float32)
+    sums2 = tl.zeros((BN, R), dtype=tl.float32)
+    sums_down = tl.zeros((BN, R), dtype=tl.float32)
+    start = split * span
+    for at in range(start, tl.minimum(start + span, M), BM):
+        row = at + tl.arange(0, BM)
+        lane = tl.arange(0, BM)[:, None]
+        there = (row < M)[:, None] & inside[None, :]
+        base = tl.cast(at, tl.int64)
+        dy = tl.load(dh + base * dh_pitch + lane * dh_pitch + column[None, :], mask=there, other=0.0).to(tl.float32)
+        g = tl.load(gate + base * gate_pitch + lane * gate_pitch + column[None, :], mask=there, other=0.0)
+        g = g.to(tl.float32)
+        u = tl.load(up + base * up_pitch + lane * up_pitch + column[None, :], mask=there, other=0.0).to(tl.float32)
+        share, slope = _share(g, ACT)
+        kind = dgate.dtype.element_ty
+        h = _settled((g * share * u).to(kind))
+        dg = _settled((dy * u * (share + g * slope)).to(kind))
+        du = _settled((dy * g * share).to(kind))
+        tl.store(dgate + base * N + lane * N + column[None, :], dg, mask=there)
+        tl.store(dup + base * N + lane * N + column[None, :], du, mask=there)
+        sums_down = _dot_over_rows(h, _thin(dxa_down, row, down_pitch, rank_down, M, R), sums_down)
+        sums1 = _dot_over_rows(dg, _thin(xa, row, xa_pitch, rank1, M, R), sums1)
+        sums2 = _dot_over_rows(du, _thin(xa + rank1, row, xa_pitch, rank2, M, R), sums2)
+        begin, lanes = _place(block, at, M, BM, R)
+        products = _dot(dg, b1, tl.zeros((BM, R), dtype=tl.float32))
+        tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
+        begin, lanes = _place(blocks + block, at, M, BM, R)
+        products = _dot(du, b2, tl.zeros((BM, R), dtype=tl.float32))
+        tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
+    begin, lanes = _place(split, block * BN, blocks * BN, BN, R)
+    tl.store(partials + begin + lanes, sums1)
+    begin, lanes = _place(splits + split, block * BN, blocks * BN, BN, R)
+    tl.store(partials + begin + lanes, sums2)
+    begin, lanes = _place(2 * splits + split, block * BN, blocks * BN, BN, R)
+    tl.store(partials + begin + lanes, sums_down)
+
+
+@triton.jit
+def _sum(
+    partials, out, tile, start, stride, count, size, rank, row_pitch, column_pitch, scale,
+    BLOCK: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    element = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, count, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        values = tl.load(
+            partials + start + tl.cast(part[:, None], tl.int64) * stride + element[None, :],
+            mask=(part < count)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values, axis=0)
+    row, r = element // R, element % R
+    tl.store(out + tl.cast(row, tl.int64) * row_pitch + r * column_pitch, total * scale, mask=inside & (r < rank))
+
+
+@triton.jit
+def _sums_kernel(
+    partials,
+    out1, out2, out3, out4, out5, out6,
+    sums, scales,
+    BLOCK: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """``sums``: of each output the first program and the one behind its last, then what ``_sum`` takes."""
+    program = tl.program_id(0)
+    outs = (out1, out2, out3, out4, out5, out6)
+    for i in tl.static_range(6):  # pyright: ignore[reportGeneralTypeIssues]
+        if outs[i] is not None:
+            begin, end = sums[FIELDS * i], sums[FIELDS * i + 1]
+            if program >= begin and program < end:
+                _sum(
+                    partials, outs[i], program - begin,
+                    sums[FIELDS * i + 2], sums[FIELDS * i + 3], sums[FIELDS * i + 4], sums[FIELDS * i + 5],
+                    sums[FIELDS * i + 6], sums[FIELDS * i + 7], sums[FIELDS * i + 8], scales[i],
+                    BLOCK, R, AT_ONCE,
+                )  # fmt: skip
+
+
+# -- launch ------------------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """One result of the second kernel: ``count`` partial sums of [rows, R], ``stride`` apart, become [rows, rank]."""
+
+    start: int
+    stride: int
+    count: int
+    rows: int
+    rank: int
+    row_pitch: int
+    column_pitch: int
+    scale: float = 1.0
+
+
+class _Walk(NamedTuple):
+    """How the matrices are cut into programs, and where their partial sums lie."""
+
+    tiling: Tiling
+    blocks: tuple[int, ...]
+    """Of columns, by matrix."""
+    span: int
+    """Rows of a program."""
+    splits: int
+    R: int
+
+    @property
+    def programs(self) -> int:
+        return sum(self.blocks) * self.splits
+
+    def over_rows(self, kinds: int = 1) -> int:
+        """Elements of what is summed over rows, for so many results."""
+        return kinds * self.splits * sum(self.blocks) * self.tiling.columns * self.R
+
+    def over_columns(self, rows: int, kinds: int = 1) -> int:
+        """Elements of what is summed over columns."""
+        return kinds * sum(self.blocks) * rows * self.R
+
+
+def _walk(tiling: Tiling, rows: int, widths: Sequence[int], ranks: Sequence[int], device: torch.device) -> _Walk:
+    R = max(16, 1 << (max(ranks) - 1).bit_length())
+    if R > WIDEST:
+        tiling = tiling._replace(columns=tiling.columns * WIDEST // R)  # as many sums in registers
+    blocks = tuple(-(-width // tiling.columns) for width in widths)
+    wanted = max(1, tiling.per_processor * _multiprocessors(device) // sum(blocks))
+    span = -(-rows // (wanted * tiling.rows)) * tiling.rows
+    return _Walk(tiling, blocks, span, -(-rows // span), R)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; two of the interpreter's, so that each goes through several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+SUM_BLOCK, SUM_AT_ONCE = 256, 8
+
+
+def _summing(parts: Sequence[_Part], R: int, device: torch.device) -> Launch:
+    """The second kernel: called with the partial sums and as many tensors to fill as it has places for."""
+    sums: list[int] = []
+    programs = 0
+    for part in parts:
+        begin, size = programs, part.rows * R
+        programs += -(-size // SUM_BLOCK)
+        sums += [begin, programs, part.start, part.stride, part.count, size, part.rank, part.row_pitch]
+        sums += [part.column_pitch]
+    return Launch(
+        _sums_kernel,
+        programs,
+        device=device,
+        results=[],
+        scalars=(tuple(sums), tuple(float(part.scale) for part in parts)),
+        constants={"BLOCK": SUM_BLOCK, "R": R, "AT_ONCE": SUM_AT_ONCE, "FIELDS": len(sums) // len(parts)},
+        num_warps=4,
+    )
+
+
+def _filled(launch: Launch, partials: Tensor | None, outs: Sequence[Tensor]) -> None:
+    launch(partials, *outs, *[None] * (2 * MOST - len(outs)))
+
+
+def _padded(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*tensors, *[None] * (MOST - len(tensors))]
+
+
+def _pitch(x: Tensor | None) -> int:
+    """Elements from row to row, where rows are read as they lie or copied."""
+    if x is None:
+        return 0
+    return x.stride(0) if _lies_in_rows(x) else x.shape[1]
+
+
+def _lies_in_rows(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
+def _copies(*matrices: Tensor | None) -> list[Any]:
+    return [None if x is None or _lies_in_rows(x) else Tensor.contiguous for x in matrices]
+
+
+def _numbers(xs: Sequence[Tensor | None], position: int) -> list[int]:
+    return [0 if x is None else x.shape[position] for x in xs]
+
+
+@by_layout
+def _up_launches(scales: tuple[float, ...], xa: Tensor, *matrices: Tensor | None) -> tuple[Launch, Launch]:
+    """For the gradients of y, and the B, each padded with None."""
+    dys, Bs = matrices[:MOST], matrices[MOST:]
+    rows, device = xa.shape[0], xa.device
+    widths, ranks = [n for n in _numbers(dys, 1) if n], _numbers(Bs, 1)
+    walk = _walk(UP, rows, widths, ranks, device)
+    over_rows, all_columns = walk.over_rows(), sum(walk.blocks) * walk.tiling.columns
+    first = Launch(
+        _products_kernel,
+        walk.programs,
+        device=device,
+        results=[Fresh.contiguous((over_rows + walk.over_columns(rows),), torch.float32)],
+        scalars=[
+            *(rows, *_numbers(dys, 1), *map(_pitch, dys), _pitch(xa), *map(_pitch, Bs), *ranks),
+            *(sum(walk.blocks), walk.span, over_rows, 0.0),
+        ],
+        constants={"BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": walk.R},
+        copies=[*_copies(*dys, xa, *Bs), None, None],
+        num_warps=walk.tiling.warps,
+        num_stages=walk.tiling.stages,
+    )
+    parts, block = [], 0
+    for count, rank, scale in zip(walk.blocks, ranks, scales, strict=False):
+        start, stride = over_rows + block * rows * walk.R, rows * walk.R
+        parts.append(_Part(start, stride, count, rows, rank, sum(ranks), 1, scale))
+        block += count
+    block = 0
+    for count, width, rank, scale in zip(walk.blocks, widths, ranks, scales, strict=False):
+        start, stride = block * walk.tiling.columns * walk.R, all_columns * walk.R
+        parts.append(_Part(start, stride, walk.splits, width, rank, rank, 1, scale))
+        block += count
+    return first, _summing(parts, walk.R, device)
+
+
+@by_layout
+def _down_launches(
+    offset: float, dxa: Tensor, x: Tensor, rstd: Tensor | None, weight: Tensor | None
+) -> tuple[Launch, Launch]:
+    (rows, width), rank, device = x.shape, dxa.shape[1], x.device
+    walk = _walk(DOWN, rows, [width], [rank], device)
+    first = Launch(
+        _products_kernel,
+        walk.programs,
+        device=device,
+        results=[Fresh.contiguous((walk.over_rows(),), torch.float32)],
+        scalars=[
+            *(rows, width, 0, 0, _pitch(x), 0, 0, _pitch(dxa), 0, 0, 0, rank, 0, 0),
+            *(sum(walk.blocks), walk.span, 0, float(offset)),
+        ],
+        constants={"BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": walk.R},
+        copies=[*_copies(x, None, None, dxa, None, None, None), None, None],
+        num_warps=walk.tiling.warps,
+        num_stages=walk.tiling.stages,
+    )
+    stride = walk.blocks[0] * walk.tiling.columns * walk.R
+    return first, _summing([_Part(0, stride, walk.splits, width, rank, 1, width)], walk.R, device)
+
+
+@by_layout
+def _glu_launches(act: int, scales: tuple[float, ...], *matrices: Tensor) -> tuple[Launch, Launch]:
+    _, gate, _, dxa_down, _, B1, B2 = matrices
+    (rows, width), device = gate.shape, gate.device
+    ranks = [dxa_down.shape[1], B1.shape[1], B2.shape[1]]
+    walk = _walk(GLU, rows, [width], ranks, device)
+    (blocks,), splits, R = walk.blocks, walk.splits, walk.R
+    over_rows = walk.over_rows(kinds=3)
+    result = Fresh.contiguous((rows, width), gate.dtype)
+    first = Launch(
+        _glu_kernel,
+        walk.programs,
+        device=device,
+        results=[result, result, Fresh.contiguous((over_rows + walk.over_columns(rows, kinds=2),), torch.float32)],
+        scalars=(rows, width, *map(_pitch, matrices), *ranks, blocks, walk.span, splits, over_rows),
+        constants={"ACT": act, "BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": R},
+        copies=_copies(*matrices),
+        num_warps=walk.tiling.warps,
+        num_stages=walk.tiling.stages,
+    )
+    rank_down, rank1, rank2 = ranks
+    each, stride, of_kind = rows * R, blocks * walk.tiling.columns * R, splits * blocks * walk.tiling.columns * R
+    parts = [
+        _Part(over_rows, each, blocks, rows, rank1, rank1 + rank2, 1, scales[0]),
+        _Part(over_rows + blocks * each, each, blocks, rows, rank2, rank1 + rank2, 1, scales[1]),
+        _Part(0, stride, splits, width, rank1, rank1, 1, scales[0]),
+        _Part(of_kind, stride, splits, width, rank2, rank2, 1, scales[1]),
+        _Part(2 * of_kind, stride, splits, width, rank_down, 1, width),
+    ]
+    return first, _summing(parts, R, device)
+
+
+# -- the products ------------------------------------------------------------------------------------------------------
+
+
+def unsupported(x: Tensor, *ranks: int) -> str | None:
+    """None where these products may be asked for, else the reason."""
+    if not x.is_cuda and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
+        return f"{x.device} has no Triton"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"{x.dtype} is neither bfloat16 nor float16"
+    if not x.numel():
+        return "there is nothing to multiply"
+    if not all(0 < rank <= WIDEST for rank in ranks):
+        return f"a rank of {ranks} is not between 1 and {WIDEST}"
+    return None
+
+
+def up_products(
+    dys: Sequence[Tensor], xa: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """dxaᵢ = scaleᵢ · dyᵢ Bᵢ and dBᵢ = scaleᵢ · dyᵢᵀ xaᵢ of at most three layers, each dy read once.
+
+    Args:
+        dys: [M, Nᵢ], the gradients of the layers' outputs.
+        xa: [M, ranks], the layers' xaᵢ beside each other.
+        Bs: [Nᵢ, rankᵢ]; ``unsupported`` says which ranks there may be.
+        scales: one for each layer.
+
+    Returns:
+        dxa: [M, ranks], as xa, and the dBᵢ: [Nᵢ, rankᵢ]; each rounded once.
+    """
+    first, second = _up_launches(tuple(scales), xa, *_padded(dys), *_padded(Bs))
+    (partials,) = first(*_padded(dys), xa, *_padded(Bs), None, None)
+    dxa, dBs = xa.new_empty(xa.shape), [B.new_empty(B.shape) for B in Bs]
+    _filled(second, partials, [*dxa.split([B.shape[1] for B in Bs], 1), *dBs])
+    return dxa, dBs
+
+
+def down_product(
+    dxa: Tensor, x: Tensor, rstd: Tensor | None = None, weight: Tensor | None = None, offset: float = 0.0
+) -> Tensor:
+    """dA = dxaᵀ x, or dxaᵀ (x · rstd · (weight + offset)) where a norm made the layers' input of x.
+
+    Args:
+        dxa: [M, ranks], at most 128 of them.
+        x: [M, N].
+        rstd: [M], float32, or None; the rounding of rstd · dxa takes the place of that of the norm.
+        weight: [N] or None, which is a factor of 1, or of ``offset`` where there is an rstd.
+        offset: added to the weight.
+
+    Returns:
+        [ranks, N].
+    """
+    first, second = _down_launches(offset, dxa, x, rstd, weight)
+    (partials,) = first(x, None, None, dxa, None, None, None, rstd, weight)
+    dA = x.new_empty(dxa.shape[1], x.shape[1])
+    _filled(second, partials, [dA])
+    return dA
+
+
+def glu_products(
+    dh: Tensor, gate: Tensor, up: Tensor, act: int, dxa_down: Tensor, xa: Tensor, Bs: Sequence[Tensor],
+    scales: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """All of backward that reads h = act(gate) · up, its gradient, or those of gate and up.
+
+    Args:
+        dh, gate, up: [M, N], one dtype.
+        act: as ``glu`` numbers activations.
+        dxa_down: [M, rank], the gradient of the xa of the layer that reads h, its scale applied.
+        xa: [M, ranks], of the layers that made gate and up, beside each other.
+        Bs: theirs, [N, rankᵢ].
+        scales: theirs.
+
+    Returns:
+        dgate and dup: [M, N]; dxa: [M, ranks]; the dBᵢ: [N, rankᵢ]; and the dA of the layer that reads h: [rank, N].
+    """
+    matrices = (dh, gate, up, dxa_down, xa, *Bs)
+    first, second = _glu_launches(act, tuple(scales), *matrices)
+    dgate, dup, partials = first(*matrices)
+    assert dgate is not None and dup is not None
+    dxa, dBs = xa.new_empty(xa.shape), [B.new_empty(B.shape) for B in Bs]
+    dA = gate.new_empty(dxa_down.shape[1], gate.shape[1])
+    _filled(second, partials, [*dxa.split([B.shape[1] for B in Bs], 1), *dBs, dA])
+    return dgate, dup, dxa, dBs, dA
