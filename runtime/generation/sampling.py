@@ -216,7 +216,7 @@ def _like_vllm(given: Any) -> dict[str, Any]:
         settings["temperature"] = temperature
     for name in ("presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words", "guided_decoding"):
         if value(name):
-            raise Unsupported(f"{name} is asked for")
+            raise ValueError(f"{name}={value(name)!r} is asked for, which only vLLM has")
     return {name: value for name, value in settings.items() if value is not None}
 
 
