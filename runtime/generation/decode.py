@@ -123,7 +123,7 @@ class Decoder:
             noise: float64 [count, rows].
 
         Returns:
-            tokens and log-probabilities, [count][rows].
+            tokens and log-probabilities, [rows][count].
         """
         self.noise[:count, :rows].copy_(noise)
         self.turn.zero_()
@@ -135,7 +135,7 @@ class Decoder:
         else:
             for _ in range(count):
                 self._step(bucket if self.compiles else rows)
-        return self.chosen[:count, :rows].tolist(), self.log_p[:count, :rows].tolist()
+        return self.chosen[:count, :rows].T.tolist(), self.log_p[:count, :rows].T.tolist()
 
     def close(self) -> None:
         """Give back what graphs hold."""

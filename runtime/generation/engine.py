@@ -8,13 +8,14 @@ next takes its place. All of it is gone when the call returns: no key outlives t
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...compiler.options import Options
 from ...compiler.report import GraphReport
@@ -77,7 +78,6 @@ class _Prompt:
 class _Sequence:
     index: int
     prompt: _Prompt
-    noise: Tensor
     completion: Completion
     pages: list[int] = field(default_factory=list)
 
@@ -169,6 +169,7 @@ def complete(
         Unsupported: when this model has to be left to ``generate``.
         NoSpaceError: when not even one sequence fits.
         StaleError: when somebody writes weights meanwhile.
+        FloatingPointError: when predictions are NaN or infinite.
         ValueError: for a prompt without tokens, by its index.
     """
     if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
@@ -210,10 +211,9 @@ class _Batch:
         for ids in prompts:
             prompt = distinct.setdefault(tuple(ids), _Prompt(list(ids)))
             for _ in range(sampling.per_prompt):
-                index = len(self.sequences)
-                noise = sampling.noise(seed, index) if sampling.sample else torch.zeros(0, dtype=torch.float64)
-                self.sequences.append(_Sequence(index, prompt, noise, Completion()))
+                self.sequences.append(_Sequence(len(self.sequences), prompt, Completion()))
                 prompt.waiting += 1
+        self.noise = sampling.noise(seed, len(self.sequences)) if sampling.sample else None
         self.new = sampling.new_tokens
         sizes = [pages_for(s.capacity(self.new)) + 1 for s in self.sequences]
         available = free_bytes(device)
@@ -346,16 +346,16 @@ class _Batch:
     # -- decoding ------------------------------------------------------------------------------------------------------
 
     def _decode(self, steps: int) -> None:
-        noise = torch.zeros(steps, len(self.active), dtype=torch.float64)
-        if self.sampling.sample:
-            for row, sequence in enumerate(self.active):
-                part = sequence.noise[len(sequence.completion.ids) :][:steps]
-                noise[: len(part), row] = part
+        rows = len(self.active)
+        noise = torch.zeros(steps, rows, dtype=torch.float64)
+        if self.noise is not None:
+            which = torch.tensor([s.index for s in self.active])
+            position = torch.tensor([len(s.completion.ids) for s in self.active]) + torch.arange(steps).unsqueeze(1)
+            noise = self.noise[which, position.clamp(max=self.new - 1)]
         with decoding(self.model, self.decoder.cache):
-            tokens, log_p = self.decoder.steps(steps, len(self.active), noise)
-        for step in range(steps):
-            for row, sequence in enumerate(self.active):
-                self._append(sequence, tokens[step][row], log_p[step][row])
+            tokens, log_p = self.decoder.steps(steps, rows, noise)
+        for sequence, new, their_log_p in zip(self.active, tokens, log_p, strict=True):
+            self._append(sequence, new, their_log_p)
         if any(self._is_done(s) for s in self.active):
             for sequence in filter(self._is_done, self.active):
                 self.book.release(sequence.pages)
@@ -363,14 +363,21 @@ class _Batch:
             if self.active:
                 self._place()
 
-    def _append(self, sequence: _Sequence, token: int, log_p: float) -> None:
-        if self._is_done(sequence):
-            return
-        completion = sequence.completion
-        completion.ids.append(token)
-        completion.log_p.append(log_p)
-        if token in self.sampling.ends or self._stops(completion.ids):
-            completion.reason = "stop"
+    def _append(self, sequence: _Sequence, tokens: list[int], log_p: list[float]) -> None:
+        """What was decoded, as far as it belongs to the completion."""
+        completion, count = sequence.completion, 0
+        for token in tokens[: self.new - len(completion.ids)]:
+            completion.ids.append(token)
+            count += 1
+            if token in self.sampling.ends or self._stops(completion.ids):
+                completion.reason = "stop"
+                break
+        completion.log_p += log_p[:count]
+        if not math.isfinite(sum(log_p[:count])):
+            raise FloatingPointError(
+                f"the model's predictions for sequence {sequence.index} are not finite, within {len(completion.ids)} "
+                "tokens: its weights are not, or a half-precision value overflows"
+            )
 
     def _is_done(self, sequence: _Sequence) -> bool:
         return sequence.completion.reason == "stop" or len(sequence.completion.ids) >= self.new

@@ -99,10 +99,10 @@ class Sampling:
 
         return chosen
 
-    def noise(self, seed: int, sequence: int) -> Tensor:
-        """The numbers that decide what is drawn for a sequence: float64 [new tokens], uniform in [0, 1)."""
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + sequence) % 2**63)
-        return torch.rand(self.new_tokens, generator=generator, dtype=torch.float64)
+    def noise(self, seed: int, sequences: int) -> Tensor:
+        """The numbers that decide what is drawn: float64 [sequences, new tokens], uniform in [0, 1)."""
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        return torch.rand(sequences, self.new_tokens, generator=generator, dtype=torch.float64)
 
 
 def choose(

@@ -240,6 +240,15 @@ def test_weights_that_change_meanwhile_are_noticed() -> None:
         complete(model, PROMPTS[:2], Sampling(24, stops=("x",)), tokenizer=Training())
 
 
+def test_predictions_that_are_no_numbers_end_the_run() -> None:
+    model = build("llama")
+    complete(model, PROMPTS[:1], Sampling(2))
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="sequence 0 are not finite"):
+        complete(model, PROMPTS[:1], Sampling(4, sample=True))
+
+
 # -- how tokens are chosen ---------------------------------------------------------------------------------------------
 
 
