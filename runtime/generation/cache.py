@@ -108,6 +108,8 @@ def attend(
         if strange := [n for n, x in others.items() if isinstance(x, Tensor) and n not in _UNDERSTOOD]:
             cache.unlike = f"it gives its attention {', '.join(strange)}"
     keys, values = cache.pools.of(cache.layer)
+    if cache.watching and (key.shape[1::2], value.shape[1::2]) != (keys.shape[1::2], values.shape[1::2]):
+        raise RuntimeError("its attention gets other keys than its cache")
     out, lse = torch.ops.unsloth.paged_attention(
         query.to(keys.dtype),
         key.to(keys.dtype),

@@ -7,6 +7,7 @@ and moves on. Nothing in it asks the device for a number: the host looks at the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -96,6 +97,7 @@ class Decoder:
         self.cache = NewTokens(pools, capped=capped)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None
+        self._graphs_fail = False
 
     def place(self, rows: Sequence[Row]) -> None:
         """Say which sequences decode from now on."""
@@ -128,13 +130,9 @@ class Decoder:
         self.noise[:count, :rows].copy_(noise)
         self.turn.zero_()
         bucket = min(_bucket(rows), self.rows)
-        if self.device.type == "cuda":
-            graph = self.graphs.get(bucket) or self._captured(bucket)
-            for _ in range(count):
-                graph.replay()
-        else:
-            for _ in range(count):
-                self._step(bucket if self.compiles else rows)
+        step = self._stepper(bucket, rows)
+        for _ in range(count):
+            step()
         return self.chosen[:count, :rows].T.tolist(), self.log_p[:count, :rows].T.tolist()
 
     def close(self) -> None:
@@ -174,6 +172,23 @@ class Decoder:
         tokens.copy_(chosen)
         self.turn.add_(1)
 
+    def _stepper(self, bucket: int, rows: int) -> Callable[[], Any]:
+        """A step of so many rows: a graph on CUDA, where the model allows it."""
+        if self.device.type != "cuda":
+            return functools.partial(self._step, bucket if self.compiles else rows)
+        if self._graphs_fail:
+            return functools.partial(self._step, bucket)
+        if bucket not in self.graphs:
+            try:
+                self.graphs[bucket] = self._captured(bucket)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a model that asks the device for a number, as some mixtures of experts
+                logger.warning("decoding goes on without CUDA graphs: %s", str(error).split("\n")[0][:300])
+                self._graphs_fail = True
+                return self._stepper(bucket, rows)
+        return self.graphs[bucket].replay
+
     def _captured(self, rows: int) -> torch.cuda.CUDAGraph:
         """A graph of one step. Kernels are compiled and chosen before, by steps whose results are then forgotten."""
         state = [x for x in (self.tokens, self.lengths, self.turn, self.history) if x is not None]
@@ -187,11 +202,12 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._step(rows)
+        try:
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                self._step(rows)
+        finally:
+            self._restore(state, before)
         self._memory = graph.pool()
-        self._restore(state, before)
-        self.graphs[rows] = graph
         return graph
 
     @staticmethod

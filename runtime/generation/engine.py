@@ -111,14 +111,31 @@ class Engine:
         self.attention = base.config._attn_implementation
         self.reports: list[GraphReport] = []
         self._compiled: Any = None
+        self._broken = False
 
     def step(self, compile: bool, options: Options | None) -> Any:
-        """The function that decodes, compiled by the backend where that is asked for."""
-        if not compile:
+        """The function that decodes, compiled by the backend where that is asked for and possible."""
+        if not compile or self._broken:
             return logits_of
+        options = options or Options()
         if self._compiled is None:
-            self._compiled = compiled(logits_of, options or Options(), self.reports)
-        return self._compiled
+            self._compiled = compiled(logits_of, options, self.reports)
+
+        def step(*args: Any) -> Any:
+            try:
+                return logits_of(*args) if self._broken else self._compiled(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+                if options.strict or capturing:
+                    raise
+                self._broken = True
+                message = f"{type(error).__name__}: {str(error)[:300]}"
+                logger.warning("decoding goes on uncompiled, because the compiled step raised %s", message)
+                return logits_of(*args)
+
+        return step
 
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine | Unsupported] = weakref.WeakKeyDictionary()

@@ -91,6 +91,7 @@ def fast_generate(
     input_ids: Any = None,
     attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
+    compile: bool = False,
     **settings: Any,
 ) -> Any:
     """Complete prompts with the model's present weights, many at a time; see docs/grpo.md, "Rollouts".
@@ -104,6 +105,7 @@ def fast_generate(
         tokenizer: for texts and stop strings; None is the one that the model was loaded with.
         use_tqdm: accepted; nothing is drawn.
         input_ids, attention_mask: prompts as ``generate`` takes them, padded on either side, in place of ``prompts``.
+        compile: compile the step of decoding by the backend, which takes minutes once and pays over many calls.
         generation_config, settings: as ``generate`` takes them (``max_new_tokens=…``); settings come first.
 
     Returns:
@@ -126,7 +128,7 @@ def fast_generate(
     with _adapter(model, lora_request):
         try:
             sampling = sampling_of(config, model, max(map(len, tokens), default=0), settings)
-            made = complete(model, tokens, sampling, tokenizer=tokenizer, share=share)
+            made = complete(model, tokens, sampling, tokenizer=tokenizer, share=share, compile=compile)
         except Unsupported as reason:
             explain_once(f"fast_generate: {reason}", "completions are made by generate of transformers")
             sampling, made = _by_generate(model, tokens, config, settings, tokenizer)

@@ -353,6 +353,24 @@ def test_the_step_is_one_graph_of_our_operators() -> None:
     torch._dynamo.reset()
 
 
+def test_a_step_that_does_not_compile_is_run_as_it_is(caplog: Any, monkeypatch: Any) -> None:
+    model = build("llama")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        def step(*_: Any) -> Any:
+            raise RuntimeError("no such kernel")
+
+        return step
+
+    monkeypatch.setattr(engine, "compiled", broken)
+    with caplog.at_level("WARNING"):
+        made = complete(model, PROMPTS, Sampling(8), compile=True)
+    assert caplog.text.count("uncompiled, because the compiled step raised RuntimeError: no such kernel") == 1
+    assert [c.ids for c in made] == [c.ids for c in complete(model, PROMPTS, Sampling(8))]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        complete(build("llama"), PROMPTS, Sampling(8), compile=True, options=Options(strict=True))
+
+
 @pytest.mark.skipif(not CUDA, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compile", [False, True])
 def test_graphs_decode_what_generate_does(llama: Any, compile: bool) -> None:
