@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from ...models.source import ModelError
-from ..generation.engine import SHARE, Completion, complete, engine_of
+from ..generation.batch import Completion
+from ..generation.engine import SHARE, complete, engine_of
 from ..generation.sampling import Sampling, sampling_of
 from ..generation.support import Unsupported
 from .old_names import explain_once

@@ -13,8 +13,9 @@ from tests.qlora import qlora
 from unsloth.compiler.options import Options
 from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
-from unsloth.runtime.generation import engine
-from unsloth.runtime.generation.engine import StaleError, complete, engine_of
+from unsloth.runtime.generation import batch, engine
+from unsloth.runtime.generation.batch import StaleError
+from unsloth.runtime.generation.engine import complete, engine_of
 from unsloth.runtime.generation.pages import PAGE, Book, NoSpaceError, Shape, affordable
 from unsloth.runtime.generation.sampling import Sampling, sampling_of
 from unsloth.runtime.generation.support import Unsupported
@@ -141,7 +142,7 @@ def test_how_many_run_at_a_time_changes_nothing(llama: Any, sample: bool, monkey
     sampling = Sampling(20, sample=sample, per_prompt=3, seed=7)
     together = complete(llama, PROMPTS, sampling)
     one_by_one = complete(llama, PROMPTS, sampling, rows=2)
-    monkeypatch.setattr(engine, "affordable", lambda *_: 8)
+    monkeypatch.setattr(batch, "affordable", lambda *_: 8)
     waiting = complete(llama, PROMPTS, sampling)
     assert [c.ids for c in one_by_one] == [c.ids for c in waiting] == [c.ids for c in together]
     if sample:
@@ -150,7 +151,7 @@ def test_how_many_run_at_a_time_changes_nothing(llama: Any, sample: bool, monkey
 
 def test_a_prompt_is_read_once_for_its_group(llama: Any, monkeypatch: Any) -> None:
     read, pages = [], []
-    forward, close = engine._Batch._forward, engine._Batch.close
+    forward, close = batch.Batch._forward, batch.Batch.close
 
     def counted(self: Any, prompts: Any) -> None:
         read.extend(p.ids for p in prompts)
@@ -160,8 +161,8 @@ def test_a_prompt_is_read_once_for_its_group(llama: Any, monkeypatch: Any) -> No
         pages.append((self.book.free, self.pools.pages))
         close(self)
 
-    monkeypatch.setattr(engine._Batch, "_forward", counted)
-    monkeypatch.setattr(engine._Batch, "close", closed)
+    monkeypatch.setattr(batch.Batch, "_forward", counted)
+    monkeypatch.setattr(batch.Batch, "close", closed)
     prompt = [*range(1, 90)]
     complete(llama, [prompt, [4, 5]] * 4, Sampling(8), rows=3)
     assert sorted(read) == sorted([prompt, [4, 5]])
