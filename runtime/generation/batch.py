@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..prompts import context_of, refuse_too_long
 from .cache import NewTokens, decoding, keeps_one, versions
 from .decode import Decoder, Row
 from .pages import PAGE, TRASH, Book, Pools, affordable, free_bytes, pages_for
@@ -67,21 +68,29 @@ class _Prompt:
 
 @dataclass(eq=False)
 class _Sequence:
+    """A completion in the making, of at most ``new`` tokens."""
+
     index: int
     prompt: _Prompt
     completion: Completion
+    new: int
     pages: list[int] = field(default_factory=list)
 
-    def capacity(self, new_tokens: int) -> int:
+    @property
+    def capacity(self) -> int:
         """Tokens whose keys it stores: the last new one is never decoded further."""
-        return self.prompt.stored + new_tokens
+        return self.prompt.stored + self.new
 
-    def row(self, new_tokens: int) -> Row:
+    @property
+    def done(self) -> bool:
+        return self.completion.reason == "stop" or len(self.completion.ids) >= self.new
+
+    def row(self) -> Row:
         ids = self.completion.ids
         return Row(
             token=ids[-1] if ids else self.prompt.ids[-1],
             position=self.prompt.stored + len(ids),
-            last=self.capacity(new_tokens) - 1,
+            last=self.capacity - 1,
             pages=self.pages,
             history=[*self.prompt.ids, *ids],
         )
@@ -106,14 +115,18 @@ class Batch:
         distinct: dict[tuple[int, ...], _Prompt] = {}
         seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**31, ()))
         self.sequences: list[_Sequence] = []
-        for ids in prompts:
+        context = context_of(model)
+        for index, ids in enumerate(prompts):
+            new = sampling.new_tokens
+            if context is not None:  # what was made for fewer positions may have no more of them
+                refuse_too_long(len(ids), context, f"prompt {index}")
+                new = min(new, context - len(ids))
             prompt = distinct.setdefault(tuple(ids), _Prompt(list(ids)))
             for _ in range(sampling.per_prompt):
-                self.sequences.append(_Sequence(len(self.sequences), prompt, Completion()))
+                self.sequences.append(_Sequence(len(self.sequences), prompt, Completion(), new))
                 prompt.waiting += 1
         self.noise = sampling.noise(seed, len(self.sequences)) if sampling.sample else None
-        self.new = sampling.new_tokens
-        sizes = [pages_for(s.capacity(self.new)) + 1 for s in self.sequences]
+        sizes = [pages_for(s.capacity) + 1 for s in self.sequences]
         available = free_bytes(device)
         pages = affordable(
             layout.shapes,
@@ -135,7 +148,7 @@ class Batch:
             self.pools,
             sampling,
             rows=self.rows,
-            longest=max(s.capacity(self.new) for s in self.sequences),
+            longest=max(s.capacity for s in self.sequences),
             every=STEPS_BETWEEN_LOOKS if device.type == "cuda" else 1,
             capped=layout.capped,
             run=run,
@@ -159,7 +172,7 @@ class Batch:
                 self._give_pages(admitted)
                 self.active += admitted
                 self._place()
-            left = max(self.new - len(s.completion.ids) for s in self.active)
+            left = max(s.new - len(s.completion.ids) for s in self.active)
             self._decode(min(self.decoder.every, left))
             if versions(self.model) != weights:
                 done = sum(len(s.completion.ids) for s in self.sequences)
@@ -175,7 +188,7 @@ class Batch:
         while self.waiting and len(self.active) + len(admitted) < self.rows:
             sequence = self.waiting[-1]
             prompt = sequence.prompt
-            needs = pages_for(sequence.capacity(self.new)) - prompt.stored // PAGE
+            needs = pages_for(sequence.capacity) - prompt.stored // PAGE
             if not prompt.read and prompt not in seen:
                 needs += pages_for(prompt.stored)
             if promised + needs > self.book.free:
@@ -190,7 +203,7 @@ class Batch:
         for sequence in admitted:
             prompt = sequence.prompt
             prompt.waiting -= 1
-            own = pages_for(sequence.capacity(self.new)) - len(prompt.full)
+            own = pages_for(sequence.capacity) - len(prompt.full)
             self.book.share(prompt.full)
             mine: list[int] = []
             if prompt.partial is not None and not prompt.waiting:  # the last one to come needs no copy
@@ -205,7 +218,7 @@ class Batch:
         self.pools.copy(sources, targets)
 
     def _place(self) -> None:
-        self.decoder.place([s.row(self.new) for s in self.active])
+        self.decoder.place([s.row() for s in self.active])
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
@@ -249,22 +262,22 @@ class Batch:
         if self.noise is not None:
             which = torch.tensor([s.index for s in self.active])
             position = torch.tensor([len(s.completion.ids) for s in self.active]) + torch.arange(steps).unsqueeze(1)
-            noise = self.noise[which, position.clamp(max=self.new - 1)]
+            noise = self.noise[which, position.clamp(max=self.noise.shape[1] - 1)]
         with decoding(self.model, self.decoder.cache):
             tokens, log_p = self.decoder.steps(steps, rows, noise)
         for sequence, new, their_log_p in zip(self.active, tokens, log_p, strict=True):
             self._append(sequence, new, their_log_p)
-        if any(self._is_done(s) for s in self.active):
-            for sequence in filter(self._is_done, self.active):
+        if any(s.done for s in self.active):
+            for sequence in (s for s in self.active if s.done):
                 self.book.release(sequence.pages)
-            self.active = [s for s in self.active if not self._is_done(s)]
+            self.active = [s for s in self.active if not s.done]
             if self.active:
                 self._place()
 
     def _append(self, sequence: _Sequence, tokens: list[int], log_p: list[float]) -> None:
         """What was decoded, as far as it belongs to the completion."""
         completion, count = sequence.completion, 0
-        for token in tokens[: self.new - len(completion.ids)]:
+        for token in tokens[: sequence.new - len(completion.ids)]:
             completion.ids.append(token)
             count += 1
             if token in self.sampling.ends or self._stops(completion.ids):
@@ -276,9 +289,6 @@ class Batch:
                 f"the model's predictions for sequence {sequence.index} are not finite, within {len(completion.ids)} "
                 "tokens: its weights are not, or a half-precision value overflows"
             )
-
-    def _is_done(self, sequence: _Sequence) -> bool:
-        return sequence.completion.reason == "stop" or len(sequence.completion.ids) >= self.new
 
     def _stops(self, ids: list[int]) -> bool:
         if not self.sampling.stops:

@@ -89,7 +89,7 @@ class Decoder:
 
         self.tokens, self.lengths, self.last = zeros(self.rows), zeros(self.rows), zeros(self.rows)
         self.tables = zeros(self.rows, -(-longest // PAGE), dtype=torch.int32)
-        self.history = zeros(self.rows, longest + 1) if sampling.needs_history else None
+        self.history = zeros(self.rows, longest) if sampling.needs_history else None
         self.noise = zeros(every, self.rows, dtype=torch.float64)
         self.chosen, self.log_p = zeros(every, self.rows), zeros(every, self.rows, dtype=torch.float32)
         self.turn = zeros(1)
@@ -168,7 +168,7 @@ class Decoder:
         # Whoever is past its end decodes its last position again, until the host sees it.
         lengths.copy_(torch.minimum(lengths + 1, self.last[:rows]))
         if history is not None:
-            history.scatter_(1, (lengths + 1).unsqueeze(1), chosen.unsqueeze(1))
+            history.scatter_(1, positions, chosen.unsqueeze(1))
         tokens.copy_(chosen)
         self.turn.add_(1)
 

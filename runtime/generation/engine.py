@@ -122,7 +122,8 @@ def complete(
         NoSpaceError: when not even one sequence fits.
         StaleError: when somebody writes weights meanwhile.
         FloatingPointError: when predictions are NaN or infinite.
-        ValueError: for a prompt without tokens, by its index.
+        ValueError: for a prompt without tokens, or one that fills the model's context, by its index. What leaves less
+            room than ``new_tokens`` is completed to the context's end.
     """
     if empty := [i for i, ids in enumerate(prompts) if not len(ids)]:
         raise ValueError(f"prompt {empty[0]} has no tokens")

@@ -54,7 +54,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 4] * 20 + [3], [5, 6, 7, 8], [11], [*range(1, PAGE 
 def build(kind: str, **changes: Any) -> Any:
     name, sizes = MODELS[kind]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes, **changes)).to(DEVICE)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **changes})).to(DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -204,6 +204,14 @@ def test_a_token_or_a_text_ends_a_completion(llama: Any) -> None:
     assert stopped.reason == "stop" and tokenizer.decode(stopped.ids).endswith(text) and len(stopped.ids) <= 11
     with pytest.raises(ValueError, match="stop strings need the tokenizer"):
         complete(llama, [[5]], Sampling(2, stops=("a",)))
+
+
+def test_the_context_ends_a_completion() -> None:
+    model = build("llama", max_position_embeddings=30)
+    short, long = complete(model, [[5, 6], [*range(1, 28)]], Sampling(40))
+    assert len(short.ids) == 28 and len(long.ids) == 3 and short.reason == long.reason == "length"
+    with pytest.raises(ValueError, match="prompt 1: its prompt has 30 tokens, and the model's context is 30"):
+        complete(model, [[5], [6] * 30], Sampling(2))
 
 
 def test_seeds(llama: Any) -> None:
