@@ -40,10 +40,8 @@ class Engine:
         Raises:
             Unsupported: saying why it does not decode from pages.
         """
-        base = base_of(model)
         with at_rest(model):
-            self.layout: Layout = examine(base)
-        self.attention = base.config._attn_implementation
+            self.layout: Layout = examine(base_of(model))
         self.reports: list[GraphReport] = []
         self._compiled: Any = None
         self._broken = False
@@ -73,25 +71,30 @@ class Engine:
         return step
 
 
-_engines: weakref.WeakKeyDictionary[nn.Module, Engine | Unsupported] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Engine | str]] = weakref.WeakKeyDictionary()
+"""By model: what it was when it was examined, and its engine, or why there is none."""
 
 
 def engine_of(model: nn.Module) -> Engine:
-    """The model's engine; a model is examined once, and again when its attention is another.
+    """The model's engine; a model is examined once, and again in another precision, or with another attention.
 
     Raises:
         Unsupported: saying why there is none.
     """
     base = base_of(model)
-    known = _engines.get(base)
-    if known is None or (isinstance(known, Engine) and known.attention != base.config._attn_implementation):
+    weight = base.get_input_embeddings().weight
+    kind = weight.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    state = base.config._attn_implementation, weight.dtype, weight.device, autocast
+    before, known = _engines.get(base, (None, ""))
+    if before != state:
         try:
             known = Engine(model)
-        except Unsupported as error:
-            known = error.with_traceback(None)
-        _engines[base] = known
-    if isinstance(known, Unsupported):
-        raise known
+        except Unsupported as error:  # whose traceback would keep the model alive
+            known = str(error)
+        _engines[base] = state, known
+    if isinstance(known, str):
+        raise Unsupported(known)
     return known
 
 

@@ -45,19 +45,20 @@ def base_of(model: nn.Module) -> Any:
     """The model with its adapters in it, without PEFT's wrapper.
 
     Raises:
-        Unsupported: for adapters that are more than layers.
+        Unsupported: for adapters that are more than layers, and for what is no model of transformers.
     """
     config = getattr(model, "active_peft_config", None)
     if config is not None and (config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)):
         raise Unsupported(f"its adapters are {config.peft_type.value}, which do more than change layers")
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if not hasattr(base, "generate") or not hasattr(base, "config"):
+        raise Unsupported(f"{type(base).__name__} is no transformers model that generates")
+    return base
 
 
 def _configured(model: Any) -> None:
     """Raise for what a configuration says."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "generate"):
-        raise Unsupported("it is no transformers model that generates")
+    config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported("it has an encoder")
     text = config.get_text_config(decoder=True)

@@ -133,6 +133,22 @@ def test_four_bits_and_adapters_as_they_are() -> None:
         assert complete(model, prompts, Sampling(12))[1].log_p != made[1].log_p
 
 
+def test_precision_is_that_of_the_call(llama: Any) -> None:
+    """Under autocast keys are bfloat16, afterwards they are what they were."""
+    exact = complete(llama, PROMPTS[:2], Sampling(8))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        rounded = complete(llama, PROMPTS[:2], Sampling(8))
+        assert {shape.dtype for shape in engine_of(llama).layout.shapes.values()} == {torch.bfloat16}
+        llama.eval()
+        for prompt, completion in zip(PROMPTS, rounded, strict=False):
+            with torch.no_grad():
+                whole = torch.tensor([prompt + completion.ids], device=DEVICE)
+                log_p = llama(whole, use_cache=False).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1].cpu()
+            found = log_p.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.log_p), found, rtol=0.1, atol=0.3)
+    assert complete(llama, PROMPTS[:2], Sampling(8)) == exact
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
@@ -329,6 +345,11 @@ def test_models_that_do_not_decode_from_pages_say_why(name: str, sizes: dict[str
     for _ in range(2):
         with pytest.raises(Unsupported, match=reason):
             complete(model, [[5, 6]], Sampling(2))
+
+
+def test_what_is_no_model_is_said() -> None:
+    with pytest.raises(Unsupported, match="Linear is no transformers model that generates"):
+        complete(nn.Linear(2, 2), [[5, 6]], Sampling(2))
 
 
 def test_a_model_that_decodes_otherwise_is_noticed(monkeypatch: Any) -> None:
