@@ -159,6 +159,7 @@ class Batch:
     def close(self) -> None:
         """Give back pages and graphs, and the memory that they held, to whoever comes next."""
         self.decoder.close()
+        self.pools.release()
         del self.decoder, self.pools
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

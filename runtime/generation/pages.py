@@ -122,6 +122,12 @@ class Pools:
             group.keys[:, page, :, offset] = k.to(group.keys.dtype)
             group.values[:, page, :, offset] = v.to(group.values.dtype)
 
+    def release(self) -> None:
+        """Give the memory back now, whoever still refers to the tensors: a compiler that has traced them may."""
+        for group in self.groups:
+            for pool in (group.keys, group.values):
+                pool.untyped_storage().resize_(0)
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages, of every layer."""
         if sources:

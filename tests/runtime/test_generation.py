@@ -370,13 +370,22 @@ def test_a_model_that_decodes_otherwise_is_noticed(monkeypatch: Any) -> None:
 # -- the compiled step -------------------------------------------------------------------------------------------------
 
 
-def test_the_step_is_one_graph_of_our_operators() -> None:
+def test_the_step_is_one_graph_of_our_operators(monkeypatch: Any) -> None:
     torch._dynamo.reset()
+    pools: list[Tensor] = []
+
+    class Kept(batch.Pools):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            pools.extend(x for group in self.groups for x in (group.keys, group.values))
+
+    monkeypatch.setattr(batch, "Pools", Kept)
     model = add_lora(build("llama"), rank=4, alpha=8)
     options = Options(lowering="eager", strict=True)
     for new in (6, 40):
         made = complete(model, PROMPTS, Sampling(new), rows=4, compile=True, options=options)
         assert [c.ids for c in made] == [c.ids for c in complete(model, PROMPTS, Sampling(new), compile=False)]
+    assert len(pools) == 8 and not any(x.untyped_storage().nbytes() for x in pools), "memory is held before backward"
     (report,) = engine_of(model).reports
     assert report.fallback is None
     assert {"rms_norm", "rope", "glu", "lora_linear"} <= {site.operator for site in report.rewritten}
