@@ -1,9 +1,9 @@
 """Training with rewards: TRL's GRPO trainer, whose policy step is one compiled graph.
 
-Prompts, generation, tools, reward functions, advantages, callbacks and schedules are TRL's. Ours is the step: trunk,
-head, log-probabilities and loss go through the backend as one graph that never holds the logits, without asking the
-device for a number; the reference, and the policy before an update, are a forward pass of the same kind. Completions
-come from ``_generate_single_turn`` as TRL has it, and whatever replaces that feeds the same step.
+Prompts, tools, reward functions, advantages, callbacks and schedules are TRL's. Ours is the step: trunk, head,
+log-probabilities and loss go through the backend as one graph that never holds the logits, without asking the device
+for a number; the reference, and the policy before an update, are a forward pass of the same kind. Completions come from
+``_generate_single_turn``, ours or TRL's, and whatever replaces that feeds the same step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compiler.run import compiled
+from .generation.engine import complete
+from .generation.sampling import sampling_of
+from .generation.support import Unsupported
 from .policy import IGNORED, Head, PolicyStep, keeps_logits, policy_step, score, trimmed
 from .policy_loss import PER_STEP, Sampled, settings_of
 from .preferences import CompiledBody
@@ -54,6 +57,8 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     Args:
         reward_errors: "raise" stops at a reward function that raises, or returns NaN or no number, and at a completion
             that all of them judge with None; "skip" warns and leaves such completions out.
+        fast_rollouts: make completions by :func:`~unsloth.runtime.generation.engine.complete`, where the model and the
+            settings allow it; False leaves them to ``generate``. TRL's ``use_vllm`` goes before.
 
     Raises:
         DataError: for a prompt that fills the model's context, naming its row.
@@ -73,6 +78,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         compile: bool = True,
         options: Mapping[str, Any] | None = None,
         reward_errors: str = "raise",
+        fast_rollouts: bool = True,
         **others: Any,
     ) -> None:
         if reward_errors not in ON_ERROR:
@@ -104,9 +110,20 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         self._buffer: Any = None  # the micro-batches of a generation, without idle padding
         self._trained: Any = 0  # tokens of the micro-batch that was trained on last
         self._context = context_of(self.model)
+        self._left_to = self._engine_instead(fast_rollouts)
         check_prompts(self, self.train_dataset, self._context)
 
     # -- completions ---------------------------------------------------------------------------------------------------
+
+    def _engine_instead(self, fast_rollouts: bool) -> str | None:
+        """Who makes completions instead of us, or None."""
+        if not fast_rollouts:
+            return "generate"
+        if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):
+            return "the engine that the settings name"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "generate, which gathers weights that are spread over processes"
+        return None
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, *others = super()._tokenize_prompts(prompts)
@@ -116,6 +133,27 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
                     len(tokens), self._context, f"prompt {index} of the batch, {str(prompts[index])[:80]!r}"
                 )
         return (ids, *others)
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *others: Any, **more: Any
+    ) -> Any:
+        """As TRL's: completions and the log-probability of each of their tokens, here with the weights as they are."""
+        args = prompt_ids, images, multimodal_fields, num_generations, *others
+        if self._left_to is None and not images and not multimodal_fields:
+            model = self.accelerator.unwrap_model(self.model)
+            try:
+                longest = max(map(len, prompt_ids))
+                sampling = sampling_of(self.generation_config, model, longest)
+                with self.accelerator.autocast():
+                    made = complete(
+                        model, prompt_ids, sampling, tokenizer=self._tokenizer,
+                        compile=None if self._compiles else False, options=self.options,
+                    )  # fmt: skip
+                return [c.ids for c in made], [c.log_p for c in made]
+            except Unsupported as reason:
+                self._left_to = str(reason)
+                logger.warning("completions are made by generate of transformers, because %s", reason)
+        return super()._generate_single_turn(*args, **more)
 
     _asks_for_completions = False
     _at_start_of_step: Any = None

@@ -23,6 +23,7 @@ from ...models.adapters import add_lora
 from ...models.load import load_model, load_tokenizer
 from ...models.presets import SHAPES
 from ...models.source import ModelError, locate
+from .generating import give_generation, note_support
 from .old_names import explain_once, install
 from .saving import give_methods
 
@@ -32,10 +33,10 @@ logger = logging.getLogger(__name__)
 _NEUTRAL_LOADING = {"resize_model_vocab": None, "rope_scaling": None, "quantization_config": None, "qat_scheme": None}
 _NEUTRAL_ADAPTING = {"layers_pattern": None, "loftq_config": {}, "qat_scheme": None, "target_parameters": None}
 # Accepted at any value, and explained once.
-_ENGINE = "no inference engine is started; generation is transformers' own, and training does not need it"
+_ENGINE = "fast_generate runs the model itself, in which there is nothing to prepare for it"
 _WITHOUT_EFFECT = {
-    **dict.fromkeys(("fast_inference", "gpu_memory_utilization", "max_lora_rank", "float8_kv_cache"), _ENGINE),
-    **dict.fromkeys(("disable_log_stats", "unsloth_vllm_standby", "fast_inference_kwargs"), _ENGINE),
+    **dict.fromkeys(("max_lora_rank", "float8_kv_cache", "disable_log_stats"), _ENGINE),
+    **dict.fromkeys(("unsloth_vllm_standby", "fast_inference_kwargs"), _ENGINE),
     "random_state": "nothing is drawn while weights are read; get_peft_model has a random_state",
     "fix_tokenizer": "load_tokenizer sees to it that padding is not EOS",
     "use_exact_model_name": "the name is taken as it is given",
@@ -69,6 +70,8 @@ class FastLanguageModel:
         revision: str | None = None,
         gguf_file: str | None = None,
         attn_implementation: str | None = None,
+        fast_inference: bool = False,
+        gpu_memory_utilization: float | None = None,
         **others: Any,
     ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         """Load a model and its tokenizer, ready for :meth:`get_peft_model` or for training all parameters.
@@ -90,6 +93,9 @@ class FastLanguageModel:
             use_gradient_checkpointing: recorded and left to the memory planner, which decides what is recomputed.
             token, trust_remote_code, revision, gguf_file, attn_implementation: as
                 :func:`~unsloth.models.load.load_model` takes them.
+            fast_inference: look at once whether ``model.fast_generate``, which is there in any case, can do without
+                ``generate`` of transformers, and say why not.
+            gpu_memory_utilization: share of the memory then free that its keys and values may take while it runs.
 
         Returns:
             the model, in training mode, and its tokenizer.
@@ -122,11 +128,15 @@ class FastLanguageModel:
         install()
         _agree(model, tokenizer, model_name)
         _check_length(model, max_seq_length, model_name)
+        if fast_inference:
+            note_support(model)
+        give_generation(model, tokenizer)
         return _noted(
             model,
             max_seq_length=max_seq_length,
             full_finetuning=full_finetuning,
             use_gradient_checkpointing=use_gradient_checkpointing,
+            gpu_memory_utilization=gpu_memory_utilization,
         ), tokenizer
 
     @staticmethod
@@ -189,6 +199,7 @@ class FastLanguageModel:
             use_dora=use_dora,
         )
         length = getattr(model, "max_seq_length", None) if max_seq_length is None else max_seq_length
+        give_generation(adapted)
         return _noted(adapted, max_seq_length=length, use_gradient_checkpointing=use_gradient_checkpointing)
 
     @staticmethod
@@ -201,7 +212,7 @@ class FastLanguageModel:
 
     @staticmethod
     def for_inference(model: nn.Module) -> nn.Module:
-        """``model.eval()``: dropout off. Generation is transformers' own, and runs uncompiled.
+        """``model.eval()``: dropout off. ``generate`` is transformers' own, and runs uncompiled.
 
         A body that a trainer has compiled in place would be compiled again for the length of every answer.
         """

@@ -172,9 +172,9 @@ def test_what_is_not_needed_is_explained_once(caplog, monkeypatch):
     monkeypatch.setattr(old_names, "_explained", set())
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            FastLanguageModel.from_pretrained("tiny-llama", fast_inference=True, gpu_memory_utilization=0.5, **CPU)
-    assert caplog.text.count("fast_inference: no inference engine is started") == 1
-    assert caplog.text.count("gpu_memory_utilization: ") == 1
+            FastLanguageModel.from_pretrained("tiny-llama", max_lora_rank=64, offload_embedding=True, **CPU)
+    assert caplog.text.count("max_lora_rank: fast_generate runs the model itself") == 1
+    assert caplog.text.count("offload_embedding: ") == 1
 
 
 def test_attention_is_chosen():

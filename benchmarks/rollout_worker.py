@@ -1,0 +1,218 @@
+"""One system, one workload, one process: times completions, checks ours, and writes the row as JSON.
+
+Started by ``benchmarks.rollout`` as ``benchmarks.worker`` is by ``benchmarks.step``, whose models it takes. Weights are
+random, so the two likeliest tokens are often as likely as rounding leaves them: two roundings of one bfloat16 model
+agree less here than with weights that have learnt something, and once a token differs all that follow do. Hence two
+numbers of greedy tokens: how many are the model's own choice after the tokens before them, and how many are
+``generate``'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROWS = 4
+"""Sequences whose logits the checks hold at a time."""
+
+
+def _beside(name: str) -> Any:
+    """A file of this folder: neither the repository's root nor our package is on the path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+worker = _beside("worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What every system runs.
+
+    Attributes:
+        sequences: completions at a time, ``group`` of each prompt.
+        prompt, new: tokens.
+        check: greedy tokens of each sequence that are compared; 0 for none.
+        runs: timed.
+    """
+
+    system: str
+    options: dict[str, Any]
+    shape: str
+    mode: str
+    dtype: str
+    sequences: int
+    group: int
+    prompt: int
+    new: int
+    check: int
+    runs: int
+    device: str
+
+
+def _as_step(work: Rollout) -> Any:
+    """The workload as ``benchmarks.worker`` knows it."""
+    return worker.Workload(
+        system=work.system,
+        options=work.options,
+        shape=work.shape,
+        mode=work.mode,
+        batch=work.sequences,
+        seq=work.prompt + work.new,
+        steps=0,
+        warmup=0,
+        device=work.device,
+        regime="bf16",
+        checkpointing="none",
+        profile=None,
+    )
+
+
+def model_of(work: Rollout) -> nn.Module:
+    """The random model, with what the mode trains."""
+    if work.system == "unsloth":
+        model, _ = worker.unsloth(_as_step(work))
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.for_inference(model)
+    model = worker._models("presets").build(work.shape, dtype=getattr(torch, work.dtype), device=work.device)
+    if work.mode == "qlora":
+        worker._quantise(model)
+    return worker._adapted(model, _as_step(work)).eval()
+
+
+def prompts_of(work: Rollout, vocabulary: int) -> list[list[int]]:
+    """Random tokens; each prompt as often as it is completed."""
+    generator = torch.Generator().manual_seed(0)
+    distinct = torch.randint(vocabulary, (work.sequences // work.group, work.prompt), generator=generator).tolist()
+    return [ids for ids in distinct for _ in range(work.group)]
+
+
+def by_generate(model: Any, work: Rollout, prompts: list[list[int]], new: int, sample: bool) -> Tensor:
+    """transformers' own: completions [sequences, new]."""
+    from transformers import GenerationConfig
+
+    settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
+    config = GenerationConfig(max_new_tokens=new, pad_token_id=0, **settings)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts, device=work.device)
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return out[:, ids.shape[1] :].cpu()
+
+
+def by_ours(model: Any, work: Rollout, prompts: list[list[int]], new: int, sample: bool) -> tuple[Tensor, Tensor]:
+    """Completions [sequences, new] and their log-probabilities."""
+    from unsloth.runtime.generation.engine import complete
+    from unsloth.runtime.generation.sampling import Sampling
+
+    sampling = Sampling(new, sample=sample, seed=1)
+    made = complete(model, prompts, sampling, **work.options)
+    return torch.tensor([c.ids for c in made]), torch.tensor([c.log_p for c in made])
+
+
+def by_training(model: Any, work: Rollout, prompts: list[list[int]], completions: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a forward pass as training makes it: log-probability of each token, and which would be the likeliest."""
+    log_p, likeliest = [], []
+    for start in range(0, len(prompts), ROWS):
+        targets = completions[start : start + ROWS].to(work.device)
+        ids = torch.cat([torch.tensor(prompts[start : start + ROWS], device=work.device), targets], dim=1)
+        with torch.no_grad():
+            kept = {"logits_to_keep": targets.shape[1] + 1}
+            logits = model(input_ids=ids, use_cache=False, **kept).logits[:, :-1].float()
+        log_p.append((logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2)).cpu())
+        likeliest.append(logits.argmax(2).cpu())
+    return torch.cat(log_p), torch.cat(likeliest)
+
+
+def checks(model: Any, work: Rollout, prompts: list[list[int]]) -> dict[str, Any]:
+    """Hold ours against the model: greedy tokens, log-probabilities, and both after the weights have changed."""
+    greedy, log_p = by_ours(model, work, prompts, work.check, sample=False)
+    theirs = by_generate(model, work, prompts[:: work.group], work.check, sample=False)
+    trained, likeliest = by_training(model, work, prompts, greedy)
+    _, likeliest_of_theirs = by_training(model, work, prompts[:: work.group], theirs)
+    drawn, drawn_log_p = by_ours(model, work, prompts, work.check, sample=True)
+    drawn_trained, _ = by_training(model, work, prompts, drawn)
+    found = {
+        "greedy_is_argmax": float((greedy == likeliest).double().mean()),
+        "generate_is_argmax": float((theirs == likeliest_of_theirs).double().mean()),
+        "greedy_is_generate": float((greedy[:: work.group] == theirs).double().mean()),
+        "log_p_off": float((drawn_log_p - drawn_trained).abs().mean()),
+        "log_p_off_largest": float((drawn_log_p - drawn_trained).abs().max()),
+        "greedy_log_p_off": float((log_p - trained).abs().mean()),
+    }
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    with torch.no_grad():
+        for p in norms:
+            p.mul_(1.5)
+        later, later_log_p = by_ours(model, work, prompts, min(work.check, 32), sample=True)
+        new, _ = by_training(model, work, prompts, later)
+        for p in norms:
+            p.div_(1.5)
+    old, _ = by_training(model, work, prompts, later)
+    stale = (later_log_p - new).abs() > (later_log_p - old).abs()
+    return {
+        **found,
+        # A token of which both weights say the same is neither: only where they differ can it be told.
+        "stale_tokens": int((stale & ((new - old).abs() > 0.1)).sum()),
+        "tokens_after_update": later.numel(),
+        "log_p_off_after_update": float((later_log_p - new).abs().mean()),
+    }
+
+
+def measure(work: Rollout) -> dict[str, Any]:
+    """Run the workload and return its row."""
+    cuda = work.device == "cuda"
+    model = model_of(work)
+    prompts = prompts_of(work, worker._models("presets").config(work.shape).vocab_size)
+    run = by_ours if work.system == "ours" else by_generate
+
+    def timed(new: int) -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        made = run(model, work, prompts, new, True)
+        if cuda:
+            torch.cuda.synchronize()
+        completions = made[0] if isinstance(made, tuple) else made
+        if completions.shape != (len(prompts), new):
+            raise RuntimeError(f"{tuple(completions.shape)} tokens were made, not {(len(prompts), new)}")
+        return time.perf_counter() - started
+
+    first = timed(min(work.new, 16))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [timed(work.new) for _ in range(work.runs)]
+    memory = (torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()) if cuda else (None, None)
+    median = statistics.median(seconds)
+    row = {
+        "tokens_per_s": work.sequences * work.new / median,
+        "s_median": median,
+        "s_min": min(seconds),
+        "ms_per_token": median / work.new * 1e3,
+        "first_run_s": first,
+        "peak_allocated_gib": memory[0] and memory[0] / 2**30,
+        "allocated_after_gib": memory[1] and memory[1] / 2**30,
+    }
+    if work.system == "ours":
+        one = timed(1)
+        row["s_of_one_token"] = one  # prompts, a captured graph, and a step
+        if work.check:
+            row |= checks(model, work, prompts)
+    return row
+
+
+if __name__ == "__main__":
+    worker.serve(Rollout, measure)
