@@ -101,7 +101,7 @@ class Partitioner(CustomPartitionerFn):
         planner = Planner(joint, gradients, Sizes())
         if self.policy == "recompute":
             found = planner.smallest
-        elif self.policy == "keep" or (allowed := self._allowed(planner)) is None:
+        elif self.policy == "keep" or (allowed := self.allowed(planner)) is None:
             found = planner.fastest
         else:
             found = self._within(planner, allowed)
@@ -123,7 +123,7 @@ class Partitioner(CustomPartitionerFn):
         fit = [c for c in candidates if c[0].peak_bytes <= allowed]
         return min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
 
-    def _allowed(self, planner: Planner) -> int | None:
+    def allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
         if self.budget is not None or self.free is None:
             return self.budget
