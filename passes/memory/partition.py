@@ -22,7 +22,7 @@ from .joint import Joint, read_joint
 from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
-from .planner import Planner
+from .planner import Planner, fastest_within
 from .schedule import by_way_of_host, unpack_where_used
 from .words import BudgetError, below_floor, gib, in_words, sequence_length
 
@@ -58,6 +58,7 @@ class Partitioner(CustomPartitionerFn):
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
         self.host = _host_bytes() if host is None else host
+        self.told_host = host is not None  # its shortage is worth a warning only to those who named it
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
 
@@ -104,24 +105,18 @@ class Partitioner(CustomPartitionerFn):
         elif self.policy == "keep" or (allowed := self.allowed(planner)) is None:
             found = planner.fastest
         else:
-            found = self._within(planner, allowed)
+            found = fastest_within(planner, allowed, self.host)
             found = (self._with_reason(found[0], planner, allowed), found[1])
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
         plan, self.last_timeline = found
         if plan.policy == "keep" and not plan.offloaded:  # which is the common case, and needs no look at the layers
             return replace(plan, words="everything that backward wants is kept")
+        if plan.note and self.told_host:
+            warnings.warn(f"unsloth: {plan.note}", CompilerWarning, stacklevel=2)
         kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
-        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), away))
-
-    def _within(self, planner: Planner, allowed: int) -> tuple[Plan, Timeline]:
-        """The fastest plan within a budget; host memory is used where that makes it faster, or possible."""
-        found = planner.within(allowed)
-        if found[0].policy == "keep" or not self.host or (other := planner.offloading(self.host)) is None:
-            return found
-        candidates = found, other.within(allowed)
-        fit = [c for c in candidates if c[0].peak_bytes <= allowed]
-        return min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
+        gone = [i for i, layer in enumerate(planner.layers) if any(n in away for n in layer.values)]
+        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), gone))
 
     def allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
@@ -190,6 +185,9 @@ def _host_bytes() -> int:
 
     Not of what is free: a cached graph is found by this number, and free memory differs from run to run.
     """
-    if not torch.cuda.is_available():
-        return 0
+    return half_of_host_memory() if torch.cuda.is_available() else 0
+
+
+def half_of_host_memory() -> int:
+    """Half of this machine's memory, in whole GiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30

@@ -26,18 +26,17 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Collection[fx.Node] = ()) -> str:
+def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Sequence[int] = ()) -> str:
     """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
 
     Args:
         kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
-        away: what of it waits in host memory.
+        away: the layers whose residual, what they hand on to the next one, waits in host memory.
     """
     told = _in_words(layers, kept)
-    gone = [i for i, layer in enumerate(layers) if any(n in away for n in layer.values)]
-    if not gone:
+    if not away:
         return told
-    return f"{told}; inputs of {len(gone)} of {len(layers)} layers ({_spans(gone)}) wait in host memory"
+    return "; ".join(filter(None, (told, f"offload residuals of {len(away)} of {len(layers)} layers ({_spans(away)})")))
 
 
 def _in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:

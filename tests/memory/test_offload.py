@@ -66,7 +66,7 @@ def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() 
     assert plan.peak_bytes <= budget
     assert timeline.peak == plan.peak_bytes and plan.host_bytes == len(plan.offloaded) * BOUNDARY
     assert len(plan.offloaded) == LAYERS - 1 and plan.tags[plan.offloaded[0]] is Tag.OFFLOAD
-    assert f"inputs of {LAYERS - 1} of {LAYERS} layers (0–{LAYERS - 2}) wait in host memory" in plan.words
+    assert f"offload residuals of {LAYERS - 1} of {LAYERS} layers (0–{LAYERS - 2})" in plan.words
     calls = {kind: [n for n in gm.graph.nodes if "unsloth_launch" in str(n.target)] for kind, gm in seen.items()}
     assert [n.args[0].name for n in calls["forward"]] == plan.offloaded
     fetched = [n.args[1].name for n in calls["backward"]]
