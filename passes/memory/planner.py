@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from torch import fx
 
-from .costs import Sizes, pinned_bytes
+from ...kernels.pinned import whole_pages
+from .costs import Sizes
 from .joint import Joint, is_statistic, layers
 from .liveness import MOMENTS, Liveness, Timeline, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
@@ -311,7 +312,7 @@ def that_fit(sizes: Iterable[int], host: int) -> list[int]:
     """The positions of the values that host memory has room for, the first ones first."""
     found = []
     for i, size in enumerate(sizes):
-        if (taken := pinned_bytes(size)) <= host:
+        if (taken := whole_pages(size)) <= host:
             found.append(i)
             host -= taken
     return found
@@ -319,7 +320,7 @@ def that_fit(sizes: Iterable[int], host: int) -> list[int]:
 
 def too_little(sizes: Sequence[int], host: int) -> str:
     """What host memory is too small for, in words; nothing where it holds values of all these sizes."""
-    needed, there = sum(map(pinned_bytes, sizes)), len(that_fit(sizes, host))
+    needed, there = sum(map(whole_pages, sizes)), len(that_fit(sizes, host))
     if there == len(sizes):
         return ""
     return (

@@ -13,7 +13,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from tests.memory.llama import Model, cut_by, gradients, ids
-from unsloth.passes.memory.costs import Sizes, pinned_bytes
+from unsloth.kernels.pinned import whole_pages
+from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.liveness import Timeline
 from unsloth.passes.memory.partition import Partitioner
 from unsloth.passes.memory.plan import Plan, Tag
@@ -76,7 +77,7 @@ def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() 
 
 
 def test_host_memory_limits_what_waits_there() -> None:
-    _, plan, _ = run(Model(layers=LAYERS), Partitioner(0, host=5 * pinned_bytes(BOUNDARY) + 1))
+    _, plan, _ = run(Model(layers=LAYERS), Partitioner(0, host=5 * whole_pages(BOUNDARY) + 1))
     assert len(plan.offloaded) == 5
 
 
