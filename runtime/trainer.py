@@ -34,6 +34,7 @@ from .lengths import WithoutIdleMask, one_length, token_counts
 from .neftune import Neftune
 from .pace import Pace
 from .recorded import Guards, Recorder
+from .replan import Replanned
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
 
@@ -169,9 +170,16 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
-        self._step = self._evaluation = causal_lm_step
+        self._step: Callable[..., StepOutput] = causal_lm_step
+        self._evaluation: Callable[..., StepOutput] = causal_lm_step
         if compile:
-            self._step = compiled(causal_lm_step, self.options, self._reports)
+            self._step = Replanned(
+                causal_lm_step,
+                self.options,
+                self._reports,
+                tokens=lambda model, inputs, labels, *_: labels.numel(),
+                changed=self._recorder.forget,
+            )
             # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
             without_inductor = replace(self.options, lowering="eager")
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
@@ -312,9 +320,11 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         return self.args.device.type == "cuda" and self.args.world_size == 1 and self.args.n_gpu == 1 and not scaled
 
     def _spare(self) -> bool:
-        """What memory can be had for the sake of speed alone."""
+        """What memory can be had for the sake of speed alone: that of recordings, then by another plan."""
         offload.forget()
-        return self._recorder.stop("memory was short")
+        if self._recorder.stop("memory was short"):
+            return True
+        return isinstance(self._step, Replanned) and self._step.for_less()
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""

@@ -18,13 +18,13 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from ..runner import CompilerWarning
 from . import torch_private
 from .costs import Sizes, ceilings
-from .joint import Joint, read_joint
+from .joint import Joint, hint, read_joint
 from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
 from .planner import Planner, fastest_within
 from .schedule import by_way_of_host, unpack_where_used
-from .words import BudgetError, below_floor, gib, in_words, sequence_length
+from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens, tokens_within
 
 RESERVE = 0.05
 """Share of the free memory that is left free where no budget was given: for what no formula knows."""
@@ -37,6 +37,10 @@ class Partitioner(CustomPartitionerFn):
     recomputing give the same numbers where recomputed values round like kept ones, which the backend arranges by
     Inductor's ``emulate_precision_casts``. A graph that comes out of Inductor's cache was planned in an earlier
     process: ``last_plan`` then stays None.
+
+    Attributes:
+        last_plan, last_timeline: what was decided, and the step's memory under it; None before.
+        last_floor: peak bytes of the smallest plan; 0 where everything is kept, and nobody asked.
 
     Args:
         budget: peak bytes of the whole step, the weights and the optimiser's state included; None means what the
@@ -61,6 +65,7 @@ class Partitioner(CustomPartitionerFn):
         self.told_host = host is not None  # its shortage is worth a warning only to those who named it
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
+        self.last_floor = 0
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -99,17 +104,20 @@ class Partitioner(CustomPartitionerFn):
 
     def choose(self, joint: Joint, gradients: Sequence[Any]) -> Plan:
         """The plan for a joint graph under this partitioner's policy and budget."""
-        planner = Planner(joint, gradients, Sizes())
+        planner, allowed = Planner(joint, gradients, Sizes()), None
         if self.policy == "recompute":
             found = planner.smallest
         elif self.policy == "keep" or (allowed := self.allowed(planner)) is None:
             found = planner.fastest
         else:
             found = fastest_within(planner, allowed, self.host)
+            self.last_floor = (
+                fastest_within(planner, 0, self.host)[0].peak_bytes if planner.layers else found[0].peak_bytes
+            )
             found = (self._with_reason(found[0], planner, allowed), found[1])
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
-        plan, self.last_timeline = found
+        plan, self.last_timeline = _with_guard(found, joint, allowed)
         if plan.policy == "keep" and not plan.offloaded:  # which is the common case, and needs no look at the layers
             return replace(plan, words="everything that backward wants is kept")
         if plan.note and self.told_host:
@@ -147,6 +155,17 @@ class Partitioner(CustomPartitionerFn):
             "last_plan": None,
             "last_timeline": None,
         }  # reports, no part of what the partitioner is
+
+
+def _with_guard(found: tuple[Plan, Timeline], joint: Joint, allowed: int | None) -> tuple[Plan, Timeline]:
+    """The plan with the tokens that it was made for, and those that it would hold."""
+    plan, timeline = found
+    if (shape := tokens(joint)) is None:
+        return found
+    count = hint(shape[0] * shape[1])
+    dynamic = not all(isinstance(size, int) for size in shape)
+    limit = tokens_within(allowed, timeline, count) if dynamic and allowed is not None else 0
+    return replace(plan, tokens=count, limit=limit), timeline
 
 
 def joint_of(gm: fx.GraphModule, num_fwd_outputs: int, indices: list[int] | None) -> tuple[Joint, list[Any], Any]:

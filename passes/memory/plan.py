@@ -74,6 +74,8 @@ class Plan:
     words: str = ""
     host_bytes: int = 0
     note: str = ""
+    tokens: int = 0
+    limit: int = 0
 
     @property
     def kept(self) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import fx
+from torch import SymInt, fx
 
 from ...kernels.operator import operator_of
 from ..rewrite import module_path
@@ -128,10 +128,28 @@ def length_that_fits(budget: int, timeline: Timeline, length: int | None) -> int
 
 
 def sequence_length(joint: Joint) -> int | None:
-    """Tokens per sequence, if the graph has tokens: an integer input [batch, length]."""
+    """Tokens per sequence, if the graph has tokens and one length."""
+    _, length = tokens(joint) or (None, None)
+    return length if isinstance(length, int) else None
+
+
+def tokens(joint: Joint) -> tuple[int | SymInt, int | SymInt] | None:
+    """Sequences and tokens in each: of an integer input [batch, length]; None where there is none."""
     for node in joint.forward:
         if node.op == "placeholder" and is_value(node):
             value = node.meta["val"]
             if not value.dtype.is_floating_point and value.dim() == 2 and value.dtype.itemsize == 8:
-                return int(value.shape[1]) if isinstance(value.shape[1], int) else None
+                return value.shape[0], value.shape[1]
     return None
+
+
+def tokens_within(budget: int, timeline: Timeline, count: int) -> int:
+    """Tokens up to which a plan that was made for ``count`` is within a budget; at least so many.
+
+    Gradients stay as they are; what a step holds beside them, and beside what is there all the time, grows no faster
+    than the tokens do.
+    """
+    moments = zip(timeline.gradients, timeline.kept, timeline.working, strict=True)
+    room = budget - timeline.standing.total
+    shares = [(room - gradients) / (kept + working) for gradients, kept, working in moments if kept + working > 0]
+    return max(count, int(count * min(shares, default=1)))
