@@ -140,7 +140,11 @@ class Watching(Partitioner):
 
 
 def test_a_plan_holds_up_to_its_guard() -> None:
-    """Evaluated at the sizes of the guard, the plan for a smaller batch is within its budget; not far beyond it."""
+    """Evaluated at the sizes of the guard, the plan for a smaller batch is within its budget.
+
+    The guard is on the safe side by what does not grow with the tokens: by half here, where weights are larger than
+    activations.
+    """
     model, batch = Model(layers=3), ids(2, 64)
     fixed = Partitioner(0, host=0)
     torch.compile(model, backend=cut_by(fixed), dynamic=False)(batch)[0].backward()
@@ -158,4 +162,4 @@ def test_a_plan_holds_up_to_its_guard() -> None:
         planner = Planner(joint, gradients, Sizes(at={str(ints.shape[1]): length}))
         return planner.liveness.timeline(planner.by_name[name] for name in plan.saved).peak
 
-    assert plan.tokens == 128 and 0.7 * budget < peak(plan.limit // 2) <= budget
+    assert plan.tokens == 128 and 0.4 * budget < peak(plan.limit // 2) <= budget
