@@ -31,6 +31,7 @@ from ..compiler.run import compiled, guards_of
 from ..kernels import offload
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
+from .memory_trace import MemoryTrace
 from .neftune import Neftune
 from .pace import Pace
 from .recorded import Guards, Recorder
@@ -131,7 +132,10 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     Attributes:
         truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
         pace: tokens per second and the time of the first step, compilation included.
+        memory_trace: follows the memory of one step, if set before training.
     """
+
+    memory_trace: MemoryTrace | None = None
 
     args: trl.SFTConfig
     model: Any
@@ -242,6 +246,8 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             arguments: dict[str, Any] = {"model": model, "inputs": rest, "labels": labels, "num_items": divisor}
             self._arguments = {**arguments, "balance_weight": weight}
         step = outside_of_ddp(run, model, rest, labels, divisor, weight)
+        if self.memory_trace is not None:
+            self.memory_trace.turn()
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
@@ -278,7 +284,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share
-                return self._recorded(step, model, part, items)
+                if self.memory_trace is None:
+                    return self._recorded(step, model, part, items)
+                return self.memory_trace.run(lambda: self._recorded(step, model, part, items), self._reports)
 
             loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again, self._spare)
         else:
