@@ -129,7 +129,8 @@ class MemoryTrace:
 
 def _events() -> list[dict[str, Any]]:
     """What the allocator of the current device has done since its history is kept."""
-    return torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    snapshot: Any = torch.cuda.memory._snapshot()
+    return snapshot["device_traces"][torch.cuda.current_device()]
 
 
 def _deltas(events: Iterable[dict[str, Any]]) -> Iterable[int]:
