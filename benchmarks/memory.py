@@ -1,10 +1,16 @@
 """Predicted peak memory against measured, and speed over the budget.
 
-    python -m benchmarks.memory --rows llama-1b:lora:4x2048,llama-8b:qlora:1x8192 --budgets most,half,least,16.7GiB
+    python -m benchmarks.memory --parallel 3
+    python -m benchmarks.memory --only 8b:qlora
+    python -m benchmarks.memory --points llama-8b:lora:2x2048@most,llama-8b:lora:2x2048@16.7GiB
 
-A row is a shape, a mode (lora, qlora, full) and batch x sequence; it is measured under each budget in a process of its
-own and written at once, so an interrupted run goes on where it stopped. "most" keeps everything, "least" is the
-smallest plan, "half" is a budget half-way between what those two were predicted to need (both are then measured first).
+A point is a shape, a mode (lora, qlora, full), batch x sequence and a budget. It is measured in a process of its own
+and written at once, so an interrupted run goes on where it stopped; points stand in the order of their value. Beside
+sizes a budget may be "most" (everything kept), "half" and "quarter" (of the way from recomputing to that),
+"recompute" (as little as can be on the device alone) and "least" (as little as can be, host memory used).
+
+Several points at one time load and compile together, and each is timed alone. What runs out of memory then is measured
+once more by itself.
 """
 
 from __future__ import annotations
@@ -13,198 +19,181 @@ import argparse
 import dataclasses
 import json
 import os
-import statistics
 import sys
-import time
-import traceback
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import pareto
 from .step import RESULTS, in_process, provenance, read, write
-from .worker import Workload, environment
+from .worker import Workload
 
-GIB = 2**30
-DEFAULT_ROWS = (
-    "llama-1b:lora:4x2048",
-    "llama-1b:lora:1x16384",
-    "llama-8b:lora:2x2048",
-    "llama-8b:qlora:2x2048",
-    "llama-8b:qlora:1x512",
-    "llama-8b:qlora:1x32768",
+DEFAULT = (
+    ("llama-8b:lora:2x2048", ("16.7GiB", "most", "half", "least")),
+    ("llama-8b:qlora:2x2048", ("7GiB", "most", "half")),
+    ("llama-8b:qlora:1x32768", ("14.2GiB", "24GiB", "60GiB")),
+    ("llama-1b:lora:4x2048", ("most", "half", "least", "quarter", "recompute")),
+    ("llama-1b:lora:1x65536", ("most", "half", "least")),
+    ("llama-8b:lora:1x512", ("most", "half", "least")),
+    ("llama-1b:qlora:4x2048", ("most", "half", "least")),
+    ("llama-8b:lora:2x2048", ("quarter", "recompute")),
+    ("llama-8b:qlora:2x2048", ("quarter", "recompute")),
+    ("llama-8b:lora:1x8192", ("most", "half", "least")),
+    ("llama-1b:qlora:1x512", ("most", "half", "least")),
+    ("llama-8b:qlora:1x65536", ("least", "40GiB", "70GiB")),
 )
-SHARES = {"most": 1.0, "least": 0.0, "half": 0.5, "quarter": 0.25}
-AMPLE = 1 << 50
+"""Workloads and their budgets, the most telling ones first."""
 
 
-def parse_row(text: str) -> dict[str, Any]:
-    """``llama-1b:lora:4x2048`` as shape, mode, batch and seq.
+def parse_point(text: str) -> tuple[str, str, dict[str, Any]]:
+    """``llama-1b:lora:4x2048@20GiB`` as the workload's name, the budget, and shape, mode, batch and seq.
 
     Raises:
-        ValueError: naming the row.
+        ValueError: naming the point.
     """
+    name, at, budget = text.partition("@")
     try:
-        shape, mode, size = text.split(":")
+        shape, mode, size = name.split(":")
         batch, seq = map(int, size.split("x"))
     except ValueError as error:
-        raise ValueError(f"row {text!r} is not SHAPE:MODE:BATCHxSEQ, such as llama-1b:lora:4x2048") from error
+        raise ValueError(f"point {text!r} is not SHAPE:MODE:BATCHxSEQ@BUDGET: llama-1b:lora:4x2048@half") from error
+    if not at or not budget:
+        raise ValueError(f"point {text!r} has no budget: {name}@half")
     if mode not in ("lora", "qlora", "full"):
-        raise ValueError(f"row {text!r}: mode {mode!r} is none of lora, qlora, full")
-    return {"shape": shape, "mode": mode, "batch": batch, "seq": seq}
+        raise ValueError(f"point {text!r}: mode {mode!r} is none of lora, qlora, full")
+    return name, budget, {"shape": shape, "mode": mode, "batch": batch, "seq": seq}
 
 
-def measure(work: Workload, budget: int) -> dict[str, Any]:
-    """Run steps under a budget in this process; predicted and measured peak, time and losses."""
-    from unsloth.compiler.options import Options
-    from unsloth.compiler.run import compiled
+def points(given: str | None, only: str | None) -> list[str]:
+    """What is to be measured: the default or what was given, and of that what holds one of some comma-separated words.
 
-    from .worker import _models, _plain
-
-    # A plan that comes out of a cache has no prediction with it.
-    torch._functorch.config.enable_autograd_cache = False  # type: ignore[attr-defined]
-    cuda = work.device == "cuda"
-    model = _plain(work)
-    reports: list[Any] = []
-    options = Options.parse({"memory_budget": budget, "logits": "drop", **work.options})
-    run = compiled(model, options, reports)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    vocabulary = _models("presets").config(work.shape).vocab_size
-    ids = torch.randint(vocabulary, (work.batch, work.seq), generator=torch.Generator().manual_seed(0)).to(work.device)
-
-    def step() -> float:
-        optimiser.zero_grad(set_to_none=True)
-        loss = run(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        norm = torch.stack([p.grad.float().norm() for p in trained if p.grad is not None]).norm()
-        norms.append(float(norm))
-        optimiser.step()
-        return float(loss.detach())
-
-    norms: list[float] = []
-    started = time.perf_counter()
-    losses = [step()]
-    first = time.perf_counter() - started
-    losses += [step() for _ in range(work.warmup)]
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(work.steps):
-        started = time.perf_counter()
-        losses.append(step())
-        seconds.append(time.perf_counter() - started)
-    if not norms[-1] > 0:
-        raise RuntimeError(f"grad_norm is {norms[-1]}: nothing is trained")
-    plans = [r.partitioner.last_plan for r in reports if r.partitioner and r.partitioner.last_plan]
-    if len(plans) != 1:
-        raise RuntimeError(f"{len(plans)} graphs were planned, expected one")
-    (plan,), median = plans, statistics.median(seconds)
-    measured = torch.cuda.max_memory_allocated() if cuda else None
-    return {
-        "predicted_gib": plan.peak_bytes / GIB,
-        "measured_gib": measured and measured / GIB,
-        "ratio": measured and plan.peak_bytes / measured,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
-        "parts_gib": {name: size / GIB for name, size in plan.parts.items()},
-        "policy": plan.policy,
-        "plan": plan.words,
-        "predicted_extra_ms": plan.seconds * 1e3,
-        "ms_median": median * 1e3,
-        "tokens_per_s": work.batch * work.seq / median,
-        "first_step_s": first,
-        "losses": losses,
-        "grad_norms": norms,
-    }
+    Raises:
+        ValueError: for a point that is none, and where no point is left.
+    """
+    every = [f"{name}@{budget}" for name, budgets in DEFAULT for budget in budgets]
+    every = given.split(",") if given else every
+    for point in every:
+        parse_point(point)  # noticed before the first one has run for a minute
+    wanted = [p for p in every if not only or any(word in p for word in only.split(","))]
+    if not wanted:
+        raise ValueError(f"--only {only!r} fits none of {', '.join(every)}")
+    return wanted
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def measure(point: str, args: argparse.Namespace, turns: str | None) -> dict[str, Any]:
+    """Measure a point in a process of its own; whatever happens to it becomes a row."""
+    name, budget, where = parse_point(point)
+    work = Workload(
+        "ours", {}, **where, steps=args.steps, warmup=args.warmup, device=args.device, regime="bf16",
+        checkpointing="none", profile=None, turns=turns,
+    )  # fmt: skip
+    settings = json.dumps({**dataclasses.asdict(work), "budget": budget})
+    command = [sys.executable, "-m", "benchmarks.memory_worker", settings]
+    found = in_process(command, args.limit, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return {"name": name, "budget": budget, **found, **provenance("benchmarks.memory")}
+
+
+COLUMNS = ("workload", "budget", "predicted", "measured", "error", "reserved", "host", "ms", "tokens/s", "plan")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, memory in GiB."""
+    if "error" in row:
+        return [row["name"], row["budget"], *["–"] * (len(COLUMNS) - 3), f"failed: {row['error'][:100]}"]
+    measured = [f"{row[n]:.2f}" if row[n] else "–" for n in ("measured_gib", "reserved_gib")]
+    error = f"{row['ratio'] - 1:+.1%}" if row["ratio"] else "–"
+    host = f"{row['host_gib']:.2f}" if row["host_gib"] else "–"
+    speed = [f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}"]
+    told = [f"{row['predicted_gib']:.2f}", measured[0], error, measured[1], host, *speed, row["policy"]]
+    return [row["name"], row["budget"], *told]
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [f"{'row':<26}{'budget':>9}{'predicted':>11}{'measured':>10}{'error':>8}{'ms':>10}{'+ms':>8}  plan"]
-    for row in rows:
-        name = f"{row['name']:<26}{row['budget']:>9}"
-        if "error" in row:
-            lines.append(f"{name}  failed: {row['error'][:100]}")
-            continue
-        measured = f"{row['measured_gib']:.2f}" if row["measured_gib"] else "–"
-        error = f"{row['ratio'] - 1:+.1%}" if row["ratio"] else "–"
-        lines.append(
-            f"{name}{row['predicted_gib']:>11.2f}{measured:>10}{error:>8}{row['ms_median']:>10.1f}"
-            f"{row['predicted_extra_ms']:>8.1f}  {row['policy']}"
-        )
+    widths = (24, 11, 11, 10, 8, 10, 8, 11, 11, 0)
+    lines = []
+    for row in [list(COLUMNS), *map(cells, rows)]:
+        left = f"{row[0]:<{widths[0]}}{row[1]:>{widths[1]}}"
+        lines.append(left + "".join(f"{c:>{w}}" for c, w in zip(row[2:-1], widths[2:], strict=False)) + f"  {row[-1]}")
     return "\n".join(lines)
 
 
-def bytes_of(budget: str, rows: dict[str, dict[str, Any]]) -> int:
-    """A budget's bytes; a share stands between what "least" and "most" were predicted to need.
+def markdown(rows: Iterable[dict[str, Any]]) -> str:
+    """The rows as a table for a page."""
+    lines = [COLUMNS, ("---", "---", *["---:"] * (len(COLUMNS) - 3), "---"), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
-    Raises:
-        ValueError: where those two failed, or the budget is no size.
-    """
-    if budget not in SHARES:
-        from unsloth.compiler.options import parse_bytes
 
-        return parse_bytes(budget) or 0
-    if budget in ("most", "least"):
-        return AMPLE if budget == "most" else 0
-    if any("predicted_gib" not in rows.get(end, {}) for end in ("least", "most")):
-        raise ValueError(f"budget {budget!r} stands between 'least' and 'most', and one of those failed")
-    least, most = (rows[end]["predicted_gib"] for end in ("least", "most"))
-    return int((least + (most - least) * SHARES[budget]) * GIB)
+def judged(rows: Iterable[dict[str, Any]]) -> str:
+    """How far off predictions are, and whether every budget of a workload gave the same loss and gradient."""
+    rows = [r for r in rows if "error" not in r]
+    ratios = [r["ratio"] - 1 for r in rows if r["ratio"]]
+    lines = [f"{len(ratios)} measured points, off by {min(ratios):+.1%} to {max(ratios):+.1%}"] if ratios else []
+    numbers: dict[str, set[tuple[float, float]]] = defaultdict(set)
+    for row in rows:
+        numbers[f"{row['name']} on {row['device']}"].add((row["losses"][0], row["grad_norm"]))
+    for name, found in numbers.items():
+        if len(found) > 1:
+            lines.append(f"{name}: (loss, grad_norm) differ between budgets: {sorted(found)}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what is missing, row by row."""
+    """Measure what is missing, point by point."""
     arguments = argparse.ArgumentParser("benchmarks.memory", description=__doc__.split("\n")[0])
-    arguments.add_argument("--rows", default=",".join(DEFAULT_ROWS), help="SHAPE:MODE:BATCHxSEQ, comma-separated")
-    arguments.add_argument("--budgets", default="most,least,half", help="most, least, half, quarter, or sizes")
-    arguments.add_argument("--steps", type=int, default=5)
+    arguments.add_argument("--points", help="SHAPE:MODE:BATCHxSEQ@BUDGET, comma-separated (default: a sweep)")
+    arguments.add_argument("--only", help="of these the points that hold one of some words, comma-separated: 8b:qlora")
+    arguments.add_argument("--steps", type=int, default=8, help="timed steps; a quarter of them where they are long")
     arguments.add_argument("--warmup", type=int, default=2)
+    arguments.add_argument("--parallel", type=int, default=1, help="points that load and compile at one time")
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--limit", type=int, default=600, help="seconds per measurement")
+    arguments.add_argument("--limit", type=int, default=600, help="seconds per point")
     arguments.add_argument("--out", help="result file (default: benchmarks/results/memory/DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure again what is there")
-    arguments.add_argument("--measure", nargs=2, metavar=("JSON", "OUTPUT"), help=argparse.SUPPRESS)
+    arguments.add_argument("--draw", action="store_true", help="measure nothing: table and picture of what is there")
     args = arguments.parse_args(argv)
-    if args.measure:
-        _worker(*args.measure)
-        return
     path = Path(args.out) if args.out else RESULTS / "memory" / f"{args.device}.json"
-    wanted = {name: parse_row(name) for name in args.rows.split(",")}
-    budgets = args.budgets.split(",")
-    if any(0 < SHARES.get(b, 0) < 1 for b in budgets):
-        budgets = list(dict.fromkeys(["most", "least", *budgets]))
-    for name, row in wanted.items():
-        work = Workload(
-            "ours", {}, **row, steps=args.steps, warmup=args.warmup, device=args.device, regime="bf16",
-            checkpointing="none", profile=None,
-        )  # fmt: skip
-        for budget in budgets:
-            rows = read(path)
-            done = {r["budget"]: r for r in rows if r["name"] == name and "error" not in r}
-            if budget in done and not args.force:
-                continue
-            try:
-                settings = json.dumps({**dataclasses.asdict(work), "budget": bytes_of(budget, done)})
-                command = [sys.executable, "-m", "benchmarks.memory", "--measure", settings]
-                found = in_process(command, args.limit, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            except ValueError as error:
-                found = {"error": str(error)}
-            result = {"name": name, "budget": budget, **found, **provenance("benchmarks.memory")}
-            write(path, [r for r in rows if (r["name"], r["budget"]) != (name, budget)] + [result])
-            print(table([result]).splitlines()[-1], flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
-
-
-def _worker(settings: str, output: str) -> None:
-    given = json.loads(settings)
-    budget = given.pop("budget")
     try:
-        row = measure(Workload(**given), budget)
-    except Exception as error:  # noqa: BLE001  a failure is a result
-        traceback.print_exc()
-        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    Path(output).write_text(json.dumps(row | environment(given["device"])))
+        wanted = points(args.points, args.only)
+    except ValueError as error:
+        arguments.error(str(error))
+    done = {f"{r['name']}@{r['budget']}" for r in read(path) if "error" not in r}
+    missing = [] if args.draw else [p for p in wanted if args.force or p not in done]
+    crowded = _measure_all(missing, args, path, args.parallel)
+    if args.parallel > 1:
+        _measure_all(crowded, args, path, 1)
+    _report(path)
+
+
+def _measure_all(missing: list[str], args: argparse.Namespace, path: Path, parallel: int) -> list[str]:
+    """Measure points; returns those that ran out of memory."""
+    crowded = []
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(parallel) as pool:
+        futures = {pool.submit(measure, p, args, turns if parallel > 1 else None): p for p in missing}
+        for future in as_completed(futures):
+            row = future.result()
+            write(path, [r for r in read(path) if (r["name"], r["budget"]) != (row["name"], row["budget"])] + [row])
+            print(table([row]).splitlines()[-1], flush=True)
+            if "out of memory" in row.get("error", ""):
+                crowded.append(futures[future])
+    return crowded
+
+
+def _report(path: Path) -> None:
+    """Print all rows, and write them beside the file as a page and a picture."""
+    rows = read(path)
+    print(f"\n{table(rows)}\n\n{judged(rows)}\n{path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(markdown(rows))
+    try:
+        pareto.draw(rows, pareto.peers(), path.with_suffix(".png"))
+    except ValueError as error:
+        print(f"no picture: {error}")
 
 
 if __name__ == "__main__":

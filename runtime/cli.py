@@ -144,6 +144,10 @@ def plan(
     device_memory: Annotated[
         str | None, typer.Option(help="Memory of the card instead, of which a part stays free: 24GiB.")
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory in which values may wait for backward: 64GiB; 0 for none. [half of this one's]"),
+    ] = None,
     card: Annotated[str, typer.Option(help="Whose speed is assumed: H100, A100, 4090, …")] = "H100",
     batch: Batch = 1,
     seq: Seq = 2048,
@@ -164,6 +168,7 @@ def plan(
             seq=seq,
             budget=budget,
             device_memory=device_memory,
+            host_memory=host_memory,
             device=card,
             lora_r=lora_r or None,
             quantization=quantization,  # pyright: ignore[reportArgumentType]  checked there

@@ -105,6 +105,9 @@ class TrainConfig(BaseModel):
     cuda_graphs: bool = Field(
         True, description="Record steps whose batches have one shape, and replay them; false launches every step."
     )
+    trace_memory: bool = Field(
+        False, description="Record the memory of one step; memory.png draws it over the plan (method sft, on a GPU)."
+    )
     options: dict[str, Any] = Field({}, description='The backend\'s options, such as {memory_budget: "20GiB"}.')
 
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -215,6 +218,8 @@ def _together(config: TrainConfig) -> Iterator[tuple[str, str]]:
             yield "report_to", f"{word} needs its package: pip install {word}"
     if config.embedding_learning_rate is not None and config.use_peft and not config.modules_to_save:
         yield "embedding_learning_rate", "needs modules_to_save: [embed_tokens], without which nothing trains them"
+    if config.trace_memory and not (config.method == "sft" and config.compile):
+        yield "trace_memory", "needs method sft and compile: true, whose steps are planned"
     if given.get("packing") and config.max_length is None:
         yield "packing", "needs a max_length, to which rows are packed"
     if given.get("bf16") and given.get("fp16"):

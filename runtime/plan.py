@@ -7,7 +7,6 @@ The model is built from its configuration on the meta device and traced with a f
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,15 +27,18 @@ from ..models.adapters import add_lora
 from ..models.source import ModelError, explained, locate
 from ..passes.memory.costs import LIBRARY_WORKSPACE, Ceilings, Sizes, ceilings
 from ..passes.memory.liveness import MOMENTS, Standing, Timeline
+from ..passes.memory.partition import half_of_host_memory
 from ..passes.memory.plan import Plan
-from ..passes.memory.planner import Planner
-from ..passes.memory.repeated import Deep
+from ..passes.memory.planner import Planner, fastest_within
+from ..passes.memory.repeated import Deep, Floor
 from ..passes.memory.words import gib
 
 SHARE_LEFT = 0.04
 """Of a device's memory, for what the allocator cannot use."""
 CONTEXT = 600 << 20
 """Bytes that CUDA and its kernels take before anything is allocated."""
+TRACED = 4
+"""Periods of layers that are traced for all: two ends, one that is repeated, and one before it."""
 ROUND = 64
 """Sequence lengths are given in multiples of so many tokens."""
 
@@ -50,7 +52,8 @@ class MemoryPlan:
         batch, seq: of the step.
         budget: peak bytes that it may have.
         plan: what is kept and what is computed again, with the predicted peak, its parts and the seconds it costs.
-        smallest, fastest: peak bytes of the two extremes.
+        host_memory: bytes of host memory that it may use.
+        smallest, fastest: peak bytes of the two extremes; host memory is used for the smallest.
         timeline: bytes over the step.
         longest_sequence: tokens that fit at this batch; 0 where not even the weights do.
         largest_batch: sequences that fit at this length.
@@ -61,6 +64,7 @@ class MemoryPlan:
     batch: int
     seq: int
     budget: int
+    host_memory: int
     plan: Plan
     smallest: int
     fastest: int
@@ -77,8 +81,16 @@ class MemoryPlan:
         """All numbers, in bytes and seconds."""
         named = {n: getattr(self, n) for n in ("model", "batch", "seq", "budget", "fits", "smallest", "fastest")}
         more = {"longest_sequence": self.longest_sequence, "largest_batch": self.largest_batch}
+        more |= {"host_memory": self.host_memory, "offloaded": self.plan.host_bytes}
         plan = {"peak": self.plan.peak_bytes, "parts": dict(self.plan.parts), "policy": self.plan.policy}
-        return {**named, **more, **plan, "extra_seconds": self.plan.seconds, "words": self.plan.words}
+        return {
+            **named,
+            **more,
+            **plan,
+            "extra_seconds": self.plan.seconds,
+            "words": self.plan.words,
+            "note": self.plan.note,
+        }
 
     def draw(self, path: str | Path) -> None:
         """The memory timeline of a step, as a picture.
@@ -86,14 +98,21 @@ class MemoryPlan:
         Args:
             path: a ``.png``, ``.svg`` or ``.pdf`` file.
         """
-        _draw(self, Path(path))
+        from .timelines import Picture, draw
+
+        title = f"{self.model}, {self.batch} x {self.seq}"
+        draw(Picture(self.timeline, title, self.budget), Path(path))
 
     def __str__(self) -> str:
         lines = [f"{self.model}, batch {self.batch} x {self.seq} tokens, budget {gib(self.budget)}", ""]
         lines += [f"  {name:<20}{gib(size):>12}" for name, size in self.plan.parts.items()]
         lines += [f"  {'peak':<20}{gib(self.plan.peak_bytes):>12}" + ("" if self.fits else "   does not fit"), ""]
         lines.append(f"plan        {self.plan.policy}: {self.plan.words or 'no repeated layers'}")
-        lines.append(f"time        {self.plan.seconds * 1e3:.1f} ms of a step go into computing again")
+        if self.plan.note:
+            lines.append(f"            {self.plan.note}")
+        lines.append(f"host        {gib(self.plan.host_bytes)} of {gib(self.host_memory)} hold residuals")
+        waiting = " and waiting for the link" if self.plan.host_bytes else ""
+        lines.append(f"time        {self.plan.seconds * 1e3:.1f} ms of a step go into computing again{waiting}")
         lines.append(f"range       {gib(self.smallest)} (as little as can be) to {gib(self.fastest)} (everything kept)")
         lines.append(f"longest     {self.longest_sequence:,} tokens per sequence at batch {self.batch}")
         lines.append(f"largest     batch {self.largest_batch:,} at {self.seq:,} tokens per sequence")
@@ -108,6 +127,7 @@ def plan(
     seq: int = 2048,
     budget: int | float | str | None = None,
     device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     device: str = "H100",
     lora_r: int | None = 16,
     quantization: Literal["nf4", "none"] | None = None,
@@ -119,6 +139,8 @@ def plan(
         batch, seq: sequences, and tokens in each.
         budget: peak bytes of the step, such as "24GiB".
         device_memory: memory of the device, of which a part is left to CUDA and the allocator; instead of a budget.
+        host_memory: host memory in which values may wait for backward, as the option ``host_memory_budget``; None is
+            half of this machine's, 0 none.
         device: whose speed is assumed ("H100", "A100", "4090", …), and whose memory where nothing else is given.
         lora_r: rank of adapters on every linear layer, in the weights' dtype; None trains the whole model.
         quantization: "nf4" for frozen weights in 4 bits.
@@ -136,26 +158,35 @@ def plan(
     if allowed is None:
         memory = parse_bytes(device_memory) or card.memory
         allowed = max(1, int(memory * (1 - SHARE_LEFT)) - CONTEXT)
+    host = parse_bytes(host_memory, "host_memory")
+    host = half_of_host_memory() if host is None else host
     question = _Question(model, _config(model), lora_r, quantization == "nf4", card)
     deep = question.ask(batch, seq)
     started = time.perf_counter()
-    found, timeline = deep.within(allowed)
-    smallest, fastest = deep.smallest[0], deep.fastest[0]
+    found, timeline = fastest_within(deep, allowed, host)
+    smallest, fastest = _smallest(deep, host), deep.fastest[0].peak_bytes
     seconds = time.perf_counter() - started + question.planning
-    most = question.tokens_within(allowed, batch, seq, smallest.peak_bytes)
+    most = question.tokens_within(allowed, host, batch, seq, deep)
     return MemoryPlan(
         question.described,
         batch,
         seq,
         allowed,
+        host,
         found,
-        smallest.peak_bytes,
-        fastest.peak_bytes,
+        smallest,
+        fastest,
         timeline,
         max(0, most // batch // ROUND * ROUND),
         max(0, most // seq),
         seconds,
     )
+
+
+def _smallest(deep: Deep, host: int) -> int:
+    """Peak bytes of the smallest plan."""
+    other = deep.offloading(host)
+    return min(d.smallest[0].peak_bytes for d in (deep, other) if d is not None)
 
 
 def _config(name: str) -> Any:
@@ -176,8 +207,8 @@ class _Question:
         self.depth = int(text.num_hidden_layers)
         kinds = getattr(text, "layer_types", None) or []
         period = next((p for p in range(1, 9) if list(kinds[p:]) == list(kinds[:-p])), 0) if kinds else 1
-        repeats = period and self.depth % period == 0 and self.depth > 3 * period
-        self.traced = 3 * period if repeats else self.depth
+        repeats = period and self.depth % period == 0 and self.depth > TRACED * period
+        self.traced = TRACED * period if repeats else self.depth
         self.period = period or 1
         whole = self._build(self.depth)
         self.standing = _standing(whole)
@@ -206,24 +237,31 @@ class _Question:
         self.planning += time.perf_counter() - started
         return deep
 
-    def tokens_within(self, budget: int, batch: int, seq: int, peak: int) -> int:
-        """Tokens in a step whose smallest plan is within a budget: the peak is a straight line in them."""
-        here, fixed = batch * seq, self.standing.total
+    def tokens_within(self, budget: int, host: int, batch: int, seq: int, here: Deep) -> int:
+        """Tokens in a step whose smallest plan is within a budget; asked once more at another length.
+
+        Args:
+            host: bytes of host memory that may be used.
+            here: the plans at ``batch`` and ``seq``.
+        """
+        fixed, peak = self.standing.total, _smallest(here, host)
         if peak <= fixed or budget <= fixed:
             return 0
         guess = max(ROUND, int((budget - fixed) / (peak - fixed) * seq) // ROUND * ROUND)
-        if guess == seq:
-            guess += ROUND
-        there = self.ask(batch, guess).smallest[0].peak_bytes
-        slope = (there - peak) / (batch * guess - here)
-        return math.floor(here + (budget - peak) / slope) if slope > 0 else 0
+        guess += ROUND if guess == seq else 0
+        floor = Floor.through((batch * seq, batch * guess), (here, self.ask(batch, guess)))
+        return floor.tokens_within(budget, host)
 
     def _like(self) -> list[int]:
-        """The traced layer that each layer is like: the ends are themselves, all between are the inner ones."""
+        """The traced layer that each layer is like: the ends are themselves, all between are the last but those.
+
+        Two periods stand before what is repeated: only there does backward fetch one layer's residual while it works
+        with another one's.
+        """
         p, n = self.period, self.traced
         if n == self.depth:
             return list(range(n))
-        return [*range(p), *(p + i % p for i in range(self.depth - 2 * p)), *range(n - p, n)]
+        return [*range(2 * p), *(2 * p + i % p for i in range(self.depth - 3 * p)), *range(n - p, n)]
 
     def _build(self, depth: int) -> nn.Module:
         config = _shallow(self.config, depth)
@@ -245,8 +283,8 @@ def _shallow(config: Any, depth: int) -> Any:
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == old and depth < old:
             # The ends and what is between, as `_Question._like` repeats it.
-            third = depth // 3
-            setattr(text, name, [*value[: 2 * third], *value[old - third :]])
+            period = depth // TRACED
+            setattr(text, name, [*value[: depth - period], *value[old - period :]])
     text.num_hidden_layers = depth
     return config
 
@@ -293,38 +331,3 @@ def _quantise(model: nn.Module) -> None:
         base = getattr(module, "base_layer", None)
         if isinstance(base, nn.Linear):
             module.base_layer = _Nf4Linear(base.out_features, base.in_features, base.bias)
-
-
-# -- the picture -------------------------------------------------------------------------------------------------------
-
-
-def _draw(found: MemoryPlan, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    timeline, there = found.timeline, found.timeline.standing
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    count = len(timeline.names)
-    flat = {"weights": there.weights, "trained": there.trained, "optimiser": there.optimiser}
-    rows = {name: [size] * count for name, size in flat.items()}
-    rows |= {"kept for backward": list(timeline.kept), "gradients": list(timeline.gradients)}
-    rows |= {"working": [w + there.library for w in timeline.working]}
-    scaled = [[size / 2**30 for size in row] for row in rows.values()]
-    axes.stackplot(range(count), *scaled, labels=list(rows), step="mid", linewidth=0)
-    axes.axhline(found.budget / 2**30, color="black", linestyle="--", linewidth=1, label="budget")
-    axes.axvline(timeline.turn, color="grey", linestyle=":", linewidth=1)
-    axes.annotate(
-        f"peak {gib(timeline.peak)} at {timeline.names[timeline.worst]}",
-        (timeline.worst, timeline.peak / 2**30),
-        xytext=(0, 6),
-        textcoords="offset points",
-        ha="center",
-        fontsize=8,
-    )
-    axes.set(
-        xlabel="operators: forward, then backward", ylabel="GiB", title=f"{found.model}, {found.batch} x {found.seq}"
-    )
-    axes.set_xlim(0, max(1, count - 1))
-    axes.legend(loc="lower left", fontsize=8, ncols=4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)

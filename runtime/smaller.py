@@ -163,7 +163,7 @@ class SmallerBatches:
             items: the loss's divisor; None for the number of trained tokens in this micro-batch.
             start_again: called when memory was short: forgets what this accumulated step has done so far, its gradient
                 included, since backward may have stopped anywhere, and gives the micro-batches before this one.
-            spare: asked first: frees memory that the run can do without, and says whether there was any.
+            spare: asked first: frees memory that the run can do without, or plans for less, and says whether it did.
 
         Raises:
             TrainingError: when there is not enough memory after three halvings, or for one row.
@@ -194,7 +194,7 @@ class SmallerBatches:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if not spare():
+            if not self.processes.anyone(spare()):  # one process that needs less lets all try again
                 self._halve(batch, reason or "in another process")
             self._fits, together = (0, 0), True
             again = start_again()

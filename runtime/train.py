@@ -22,10 +22,11 @@ from ..models.load import load_model, load_tokenizer
 from . import checkpoints, responses
 from .card import run_record, write_card
 from .chat_templates import chat_template
-from .config import TrainConfig
+from .config import ConfigError, TrainConfig
 from .curves import plot_loss
 from .data import Data, DataError, Templates, is_conversational, load_data
 from .doctor import before_training, report
+from .memory_trace import MemoryTrace
 from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
@@ -55,6 +56,7 @@ class TrainResult:
         history: the trainer's log.
         explanation: what the compiler recognised.
         record: what the model card says of the run.
+        memory: that of one step, where ``trace_memory`` was asked for.
     """
 
     output_dir: Path
@@ -68,12 +70,15 @@ class TrainResult:
     history: list[dict[str, Any]] = field(repr=False)
     is_adapter: bool = True
     record: dict[str, Any] = field(default_factory=dict, repr=False)
+    memory: MemoryTrace | None = None
 
     def __str__(self) -> str:
         rate = f"{self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else "no rate: one step only"
         lines = [f"steps       {self.steps}, {rate}, first step {self.first_step_seconds or 0:.1f} s"]
         if self.peak_bytes is not None:
             lines.append(f"memory      {self.peak_bytes / 2**30:.2f} GiB at the peak")
+        if self.memory is not None:
+            lines.append(f"traced      {self.memory}")
         if self.held_out is not None:
             before, after = self.held_out
             lines.append(f"held out    loss {before:.3f} before, {after:.3f} after ({(after - before) / before:+.1%})")
@@ -109,6 +114,11 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     check_output(config)
     data = _data(config)
     device = torch.device("cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu")
+    if config.trace_memory and device.type != "cuda":
+        raise ConfigError(
+            f"{config.place_of('trace_memory')}: trace_memory needs a CUDA device, whose allocator tells what a step "
+            "takes; unsloth plan --png draws what is predicted without one"
+        )
     template = None if config.chat_template is None else chat_template(config.chat_template)
     has_template = template is not None or "chat_template_path" in config.trainer
     with console.status(f"loading {config.model_name_or_path}"):
@@ -144,6 +154,9 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     moved = any(getattr(trainer.args, name, False) for name in ("packing", "shuffle_dataset"))
     if len(trainer.train_dataset) == len(data[0].rows) and not moved:
         trainer.row_name = data[0].row_name
+    if config.trace_memory:
+        trainer.memory_trace = MemoryTrace()
+        torch._functorch.config.enable_autograd_cache = False  # type: ignore[attr-defined]  whose graphs have no plan
     if config.doctor:
         report(before_training(trainer, tokenizer, data[0], config), console)
     trainer.remove_callback(PrinterCallback)
@@ -174,6 +187,7 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         explanation=trainer.explanation,
         history=[*history, *trainer.state.log_history],
         is_adapter=config.use_peft,
+        memory=getattr(trainer, "memory_trace", None),
     )
     result.record = run_record(config, data, result)
     try:
@@ -348,5 +362,7 @@ def _save(trainer: Any, result: TrainResult) -> None:
         (aside / "log.json").write_text(json.dumps(result.history, indent=1), encoding="utf-8")
         plot_loss(result.history, aside / "loss.png")
         write_card(aside, result.record, is_adapter=result.is_adapter, title=folder.name)
+        if result.memory is not None:
+            result.memory.write(aside)
         for path in sorted(aside.iterdir()):
             os.replace(path, folder / path.name)

@@ -31,9 +31,11 @@ from ..compiler.run import compiled, guards_of
 from ..kernels import offload
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
+from .memory_trace import MemoryTrace
 from .neftune import Neftune
 from .pace import Pace
 from .recorded import Guards, Recorder
+from .replan import Replanned
 from .smaller import SmallerBatches
 from .sturdy import Sturdy
 
@@ -130,7 +132,10 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     Attributes:
         truncated: by data set, "train" or "eval" or its name: what ``max_length`` cut off.
         pace: tokens per second and the time of the first step, compilation included.
+        memory_trace: follows the memory of one step, if set before training.
     """
+
+    memory_trace: MemoryTrace | None = None
 
     args: trl.SFTConfig
     model: Any
@@ -169,9 +174,16 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         self._reports: list[GraphReport] = []
         if not given and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.options = replace(self.options, padding="right")  # it pads there, with labels that are ignored
-        self._step = self._evaluation = causal_lm_step
+        self._step: Callable[..., StepOutput] = causal_lm_step
+        self._evaluation: Callable[..., StepOutput] = causal_lm_step
         if compile:
-            self._step = compiled(causal_lm_step, self.options, self._reports)
+            self._step = Replanned(
+                causal_lm_step,
+                self.options,
+                self._reports,
+                tokens=lambda model, inputs, labels, *_: labels.numel(),
+                changed=self._recorder.forget,
+            )
             # Recognised as well, so that no logits are held; but a few forward passes do not repay Inductor's minutes.
             without_inductor = replace(self.options, lowering="eager")
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
@@ -234,6 +246,8 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             arguments: dict[str, Any] = {"model": model, "inputs": rest, "labels": labels, "num_items": divisor}
             self._arguments = {**arguments, "balance_weight": weight}
         step = outside_of_ddp(run, model, rest, labels, divisor, weight)
+        if self.memory_trace is not None:
+            self.memory_trace.turn()
         loss = step.loss
         if self.args.average_tokens_across_devices and divisor is not None:
             loss = loss * self.accelerator.num_processes
@@ -270,7 +284,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share
-                return self._recorded(step, model, part, items)
+                if self.memory_trace is None:
+                    return self._recorded(step, model, part, items)
+                return self.memory_trace.run(lambda: self._recorded(step, model, part, items), self._reports)
 
             loss = self._smaller.run(run, inputs, num_items_in_batch, self._start_again, self._spare)
         else:
@@ -312,9 +328,11 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
         return self.args.device.type == "cuda" and self.args.world_size == 1 and self.args.n_gpu == 1 and not scaled
 
     def _spare(self) -> bool:
-        """What memory can be had for the sake of speed alone."""
+        """What memory can be had for the sake of speed alone: that of recordings, then by another plan."""
         offload.forget()
-        return self._recorder.stop("memory was short")
+        if self._recorder.stop("memory was short"):
+            return True
+        return isinstance(self._step, Replanned) and self._step.for_less()
 
     def _start_again(self) -> Iterator[dict[str, Any]]:
         """Forget the gradient of a step that ran out of memory; its micro-batches before this one."""

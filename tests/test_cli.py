@@ -156,7 +156,8 @@ def test_plan_prints_what_the_function_returns(command, monkeypatch, tmp_path):
             path.write_bytes(b"png")
 
     monkeypatch.setattr(planning, "plan", lambda model, **given: asked.update(given, model=model) or Answer())
-    words = ["--budget", "2GiB", "--seq", "64", "--lora-r", "0", "--png", str(tmp_path / "a" / "p.png")]
+    words = ["--budget", "2GiB", "--seq", "64", "--lora-r", "0", "--host-memory", "8GiB"]
+    words += ["--png", str(tmp_path / "a" / "p.png")]
     code, out, _ = command("plan", "tiny-llama", *words, "--json", str(tmp_path / "p.json"))
     assert (code, out) == (1, "peak 3 GiB\n")  # it does not fit
     assert asked == {
@@ -165,6 +166,7 @@ def test_plan_prints_what_the_function_returns(command, monkeypatch, tmp_path):
         "seq": 64,
         "budget": "2GiB",
         "device_memory": None,
+        "host_memory": "8GiB",
         "device": "H100",
         "lora_r": None,
         "quantization": "none",

@@ -29,11 +29,6 @@ LIBRARY_WORKSPACE = 32 << 20
 """cuBLAS' own workspace, allocated at the first product and held: 32 MiB on Hopper, less elsewhere."""
 
 
-def pinned_bytes(size: int) -> int:
-    """What PyTorch's allocator of pinned memory takes for so many bytes: the next power of two."""
-    return 1 << max(0, size - 1).bit_length()
-
-
 @dataclass(frozen=True)
 class Ceilings:
     """What a device reaches, sustained.

@@ -230,7 +230,8 @@ class Liveness:
                 last[s] = until
                 leave[until].append(s)
         live = sum(self.size[n] for n in alive)
-        kept_bytes = sum(self.size[n] for n in alive if n in kept)
+        counted = {n for n in alive if n in kept}  # what leaves for the host is at work until it has left
+        kept_bytes = sum(self.size[n] for n in counted)
         finished = 0
         alive = set(alive)
         back = self._arrivals(order, sources, away)
@@ -240,6 +241,7 @@ class Liveness:
             for s in back[i]:
                 if s not in alive:
                     alive.add(s)
+                    counted.add(s)
                     live += self.size[s]
                     kept_bytes += self.size[s]
             read = [s for s in sources[operation] if not is_free(s) or s in alive]
@@ -257,12 +259,14 @@ class Liveness:
             wanted = [n for n in new if n in last or n in held]  # outputs that nobody wants go at once
             live += sum(self.size[n] for n in wanted)
             alive.update(wanted)
-            kept_bytes += sum(self.size[n] for n in wanted if n in kept and n in held)
+            saved = [n for n in wanted if n in kept and n in held]
+            counted.update(saved)
+            kept_bytes += sum(self.size[n] for n in saved)
             finished += sum(self.size[n] for n in wanted if n in self.gradients and n in held)
             for s in (*dying, *gone):
                 alive.discard(s)
                 live -= self.size[s]
-                if s in kept:
+                if s in counted:
                     kept_bytes -= self.size[s]
 
     def _arrivals(

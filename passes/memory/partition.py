@@ -19,13 +19,13 @@ from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
-from .joint import Joint, read_joint
+from .joint import Joint, hint, read_joint
 from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
-from .planner import Planner
+from .planner import Planner, fastest_within
 from .schedule import by_way_of_host, unpack_where_used
-from .words import BudgetError, below_floor, gib, in_words, sequence_length
+from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens, tokens_within
 
 RESERVE = 0.05
 """Share of the free memory that is left free where no budget was given: for what no formula knows."""
@@ -38,6 +38,10 @@ class Partitioner(CustomPartitionerFn):
     recomputing give the same numbers where recomputed values round like kept ones, which the backend arranges by
     Inductor's ``emulate_precision_casts``. A graph that comes out of Inductor's cache was planned in an earlier
     process: ``last_plan`` then stays None.
+
+    Attributes:
+        last_plan, last_timeline: what was decided, and the step's memory under it; None before.
+        last_floor: peak bytes of the smallest plan; 0 where everything is kept, and nobody asked.
 
     Args:
         budget: peak bytes of the whole step, the weights and the optimiser's state included; None means what the
@@ -59,8 +63,10 @@ class Partitioner(CustomPartitionerFn):
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
         self.host = _host_bytes() if host is None else host
+        self.told_host = host is not None  # its shortage is worth a warning only to those who named it
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
+        self.last_floor = 0
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -99,32 +105,29 @@ class Partitioner(CustomPartitionerFn):
 
     def choose(self, joint: Joint, gradients: Sequence[Any]) -> Plan:
         """The plan for a joint graph under this partitioner's policy and budget."""
-        planner = Planner(joint, gradients, Sizes())
+        planner, allowed = Planner(joint, gradients, Sizes()), None
         if self.policy == "recompute":
             found = planner.smallest
-        elif self.policy == "keep" or (allowed := self._allowed(planner)) is None:
+        elif self.policy == "keep" or (allowed := self.allowed(planner)) is None:
             found = planner.fastest
         else:
-            found = self._within(planner, allowed)
+            found = fastest_within(planner, allowed, self.host)
+            self.last_floor = (
+                fastest_within(planner, 0, self.host)[0].peak_bytes if planner.layers else found[0].peak_bytes
+            )
             found = (self._with_reason(found[0], planner, allowed), found[1])
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
-        plan, self.last_timeline = found
+        plan, self.last_timeline = _with_guard(found, joint, allowed)
         if plan.policy == "keep" and not plan.offloaded:  # which is the common case, and needs no look at the layers
             return replace(plan, words="everything that backward wants is kept")
+        if plan.note and self.told_host:
+            warnings.warn(f"unsloth: {plan.note}", CompilerWarning, stacklevel=2)
         kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
-        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), away))
+        gone = [i for i, layer in enumerate(planner.layers) if any(n in away for n in layer.values)]
+        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), gone))
 
-    def _within(self, planner: Planner, allowed: int) -> tuple[Plan, Timeline]:
-        """The fastest plan within a budget; host memory is used where that makes it faster, or possible."""
-        found = planner.within(allowed)
-        if found[0].policy == "keep" or not self.host or (other := planner.offloading(self.host)) is None:
-            return found
-        candidates = found, other.within(allowed)
-        fit = [c for c in candidates if c[0].peak_bytes <= allowed]
-        return min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
-
-    def _allowed(self, planner: Planner) -> int | None:
+    def allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
         if self.budget is not None or self.free is None:
             return self.budget
@@ -153,6 +156,17 @@ class Partitioner(CustomPartitionerFn):
             "last_plan": None,
             "last_timeline": None,
         }  # reports, no part of what the partitioner is
+
+
+def _with_guard(found: tuple[Plan, Timeline], joint: Joint, allowed: int | None) -> tuple[Plan, Timeline]:
+    """The plan with the tokens that it was made for, and those that it would hold."""
+    plan, timeline = found
+    if (shape := tokens(joint)) is None:
+        return found
+    count = hint(shape[0] * shape[1])
+    dynamic = not all(isinstance(size, int) for size in shape)
+    limit = tokens_within(allowed, timeline, count) if dynamic and allowed is not None else 0
+    return replace(plan, tokens=count, limit=limit), timeline
 
 
 def joint_of(gm: fx.GraphModule, num_fwd_outputs: int, indices: list[int] | None) -> tuple[Joint, list[Any], Any]:
@@ -191,6 +205,9 @@ def _host_bytes() -> int:
 
     Not of what is free: a cached graph is found by this number, and free memory differs from run to run.
     """
-    if not torch.cuda.is_available():
-        return 0
+    return half_of_host_memory() if torch.cuda.is_available() else 0
+
+
+def half_of_host_memory() -> int:
+    """Half of this machine's memory, in whole GiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30

@@ -73,6 +73,9 @@ class Plan:
     parts: Mapping[str, int] = field(default_factory=dict)
     words: str = ""
     host_bytes: int = 0
+    note: str = ""
+    tokens: int = 0
+    limit: int = 0
 
     @property
     def kept(self) -> list[str]:
@@ -106,7 +109,7 @@ class Plan:
             text += f", {len(self.offloaded)} offloaded ({self.host_bytes / 2**30:.2f} GiB)"
         if self.peak_bytes:
             text += f"; peak {self.peak_bytes / 2**30:.2f} GiB, {self.seconds * 1e3:.1f} ms of computing again"
-        return f"{text}\n{self.words}" if self.words else text
+        return "\n".join(filter(None, (text, self.words, self.note)))
 
 
 def keep_plan(joint: Joint, why: str = "it fits") -> Plan:

@@ -15,17 +15,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch import fx
 
-from .costs import Sizes, pinned_bytes
+from ...kernels.pinned import whole_pages
+from .costs import Sizes
 from .joint import Joint, is_statistic, layers
 from .liveness import MOMENTS, Liveness, Timeline, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
+from .words import gib
 
 RUNGS = 256
 BUCKETS = 4096
@@ -54,11 +56,19 @@ class Planner:
         self.home = layers(joint)
         self.away: frozenset[fx.Node] = frozenset()
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
+        self.others: dict[frozenset[fx.Node], Planner] = {}
+
+    @functools.cached_property
+    def residuals(self) -> list[fx.Node]:
+        """What crosses the borders of layers and may wait in host memory: all but the last one's, which backward reads
+        first."""
+        nodes = (self.by_name[name] for name in self.smallest[0].saved)
+        return [n for n in nodes if n in self.home and root(n) is n and not is_statistic(n)][:-1]
 
     def offloading(self, host: int) -> Planner | None:
         """A planner whose plans leave what crosses the borders of layers in host memory, as far as it goes.
 
-        The last layer's value stays, because backward reads it first, and the last ones' do where not all can go.
+        The last layer's value stays, and the last ones' do where not all can go.
 
         Args:
             host: bytes of host memory that may be taken.
@@ -66,40 +76,41 @@ class Planner:
         Returns:
             None where there is nothing to offload, or no room for it.
         """
-        away, left = [], host
-        nodes = (self.by_name[name] for name in self.smallest[0].kept)
-        crossing = [n for n in nodes if n in self.home and root(n) is n and not is_statistic(n)]
-        for node in crossing[:-1]:
-            taken = pinned_bytes(self.sizes.bytes(node))
-            if taken <= left:
-                away.append(node)
-                left -= taken
+        residuals = self.residuals
+        away = frozenset(residuals[i] for i in that_fit(map(self.sizes.bytes, residuals), host))
         if not away:
             return None
-        other = copy.copy(self)
-        other.away, other.rungs = frozenset(away), {}
-        for name in ("fastest", "smallest", "layers", "choices", "needs"):
-            vars(other).pop(name, None)
-        return other
+        if away not in self.others:
+            self.others[away] = other = copy.copy(self)
+            other.away, other.rungs = away, {}
+            for name in ("fastest", "smallest", "layers", "choices", "needs"):
+                vars(other).pop(name, None)
+        return self.others[away]
+
+    def short_of_host(self, host: int) -> str:
+        """What host memory is too small for, in words; nothing where it is not."""
+        return too_little([self.sizes.bytes(n) for n in self.residuals], host)
 
     def price(self, plan: Plan) -> tuple[Plan, Timeline]:
         """The plan with its peak and its seconds, and the step's timeline."""
         away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
         timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away)
-        seconds = sum(self.sizes.seconds(n) for n in self.liveness.again())
-        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=seconds, parts=timeline.parts)
+        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=self.again(), parts=timeline.parts)
         return (self._offloaded(priced, away) if away else priced), timeline
+
+    def again(self) -> float:
+        """Seconds of what backward ran again in the last timeline."""
+        return sum(self.sizes.seconds(n) for n in self.liveness.again())
 
     def _offloaded(self, plan: Plan, away: set[fx.Node]) -> Plan:
         """The same plan with those values in host memory; the link is waited for where arithmetic does not hide it."""
         walk, turn = self.liveness.last_walk, self.liveness.last_turn
         moved = sum(map(self.sizes.bytes, away))
         halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
-        waiting = sum(max(0.0, moved / self.sizes.device.link - busy) for busy in halves)
         tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
-        return dataclasses.replace(
-            plan, tags=tags, seconds=plan.seconds + waiting, saved_bytes=plan.saved_bytes - moved, host_bytes=moved
-        )
+        seconds = plan.seconds + waited_for(moved, self.sizes.device.link, halves)
+        saved = plan.saved_bytes - moved
+        return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
@@ -256,6 +267,71 @@ class Planner:
         for layer, choice, rank in zip(self.layers, self.choices, chosen, strict=True):
             kept.update(members(layer, choice[rank]))
         return plan_of("mixed", self.joint, kept, "")
+
+
+def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
+    """The fastest plan within a budget; host memory is used where that makes it faster, or possible.
+
+    Args:
+        budget: peak bytes on the device.
+        host: bytes of host memory that may be taken; 0 for none.
+
+    Returns:
+        the plan and its timeline. Where nothing fits it is the one that needs least. Its note says what host memory was
+        too small for, where there was some to be used.
+    """
+    found = planner.within(budget)
+    if not host or (found[0].policy == "keep" and found[0].peak_bytes <= budget):
+        return found
+    candidates = [found]
+    if (other := planner.offloading(host)) is not None:
+        candidates.append(other.within(budget))
+    fit = [c for c in candidates if c[0].peak_bytes <= budget]
+    plan, timeline = min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
+    return dataclasses.replace(plan, note=planner.short_of_host(host)), timeline
+
+
+class Plans(Protocol):
+    """What makes plans, and others that leave values in host memory: :class:`Planner`, and
+    :class:`~.repeated.Deep` for a model that was not traced as a whole."""
+
+    def within(self, budget: int) -> tuple[Plan, Timeline]:
+        """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
+        ...
+
+    def offloading(self, host: int) -> Plans | None:
+        """The same with values in host memory; None where there is no room."""
+        ...
+
+    def short_of_host(self, host: int) -> str:
+        """What host memory is too small for, in words; nothing where it is not."""
+        ...
+
+
+def that_fit(sizes: Iterable[int], host: int) -> list[int]:
+    """The positions of the values that host memory has room for, the first ones first."""
+    found = []
+    for i, size in enumerate(sizes):
+        if (taken := whole_pages(size)) <= host:
+            found.append(i)
+            host -= taken
+    return found
+
+
+def too_little(sizes: Sequence[int], host: int) -> str:
+    """What host memory is too small for, in words; nothing where it holds values of all these sizes."""
+    needed, there = sum(map(whole_pages, sizes)), len(that_fit(sizes, host))
+    if there == len(sizes):
+        return ""
+    return (
+        f"host memory of {gib(host)} holds the residuals of {there} layers, and those of {len(sizes)} take "
+        f"{gib(needed)}: the others stay on the device, and more is computed again instead"
+    )
+
+
+def waited_for(moved: int, link: float, halves: Iterable[float]) -> float:
+    """Seconds that forward and backward, busy for so long, wait for that many bytes to leave or to come back."""
+    return sum(max(0.0, moved / link - busy) for busy in halves)
 
 
 def _ascending(choices: Sequence[Sequence[Pattern]], chosen: list[int]) -> list[int]:

@@ -8,14 +8,16 @@ which all traced layers choose alike, and is put on top of what the layers befor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .liveness import Standing, Timeline
 from .plan import Plan
-from .planner import RUNGS, Planner
+from .planner import RUNGS, Planner, that_fit, too_little, waited_for
 from .words import in_words
 
 
@@ -29,6 +31,7 @@ class _Stretch:
     working: np.ndarray
     finished: int
     """Bytes of gradients that it leaves."""
+    seconds: float
 
     @property
     def most(self) -> int:
@@ -46,24 +49,72 @@ class Deep:
         like: for each layer of the real model the traced one that it is like; the first and the last traced layer
             stand for themselves.
         standing: what lies on the device all through the step, of the real model.
+        away: a planner of the same graph whose layers leave their residuals in host memory.
+        gone: the layers of the real model that do so.
     """
 
-    def __init__(self, planner: Planner, like: Sequence[int], standing: Standing) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        like: Sequence[int],
+        standing: Standing,
+        away: Planner | None = None,
+        gone: Collection[int] = (),
+    ) -> None:
         self.planner, self.like, self.standing = planner, list(like), standing
-        self.choices = [planner.choices[i] for i in self.like]
+        self.away, self.gone = away if gone else None, frozenset(gone)
+        everyone = len(self.gone) >= len(self.like) - 1
+        # Where some stay, the last that leaves is on the device until backward asks for it, and by then the one before
+        # is on its way back.
+        absent = {*range(len(self.like))} if everyone else {*sorted(self.gone)[:-2]}
+        self.sources = [self.away if self.away and i in absent else planner for i in range(len(self.like))]
+        self.choices = [source.choices[i] for source, i in zip(self.sources, self.like, strict=True)]
         self.ranks = range(len(planner.choices[0]))
         self.outside = 0.0  # seconds of what backward runs again of the rest of the model
-        self.parts = [self._stretches(rank) for rank in self.ranks]
+        self.parts = {source: [self._stretches(source, rank) for rank in self.ranks] for source in {*self.sources}}
+        self.ends = self.parts[self.sources[-1]]
+        self.others: dict[frozenset[int], Deep] = {}
+        self.rungs: dict[int, Planned] = {}
 
-    @property
+    @functools.cached_property
     def fastest(self) -> Planned:
         """Everything kept."""
         return self.of([self.ranks[-1]] * len(self.like))
 
-    @property
+    @functools.cached_property
     def smallest(self) -> Planned:
         """As little kept as can be."""
         return self.of([0] * len(self.like))
+
+    @property
+    def residuals(self) -> list[int]:
+        """Per layer but the last the bytes that it hands on to the next one."""
+        traced: dict[int, int] = defaultdict(int)
+        position = {layer.name: i for i, layer in enumerate(self.planner.layers)}
+        for node in self.planner.residuals:
+            traced[position[self.planner.home[node]]] += self.planner.sizes.bytes(node)
+        return [traced[i] for i in self.like[:-1]]
+
+    def offloading(self, host: int) -> Deep | None:
+        """The same with residuals in host memory, those of the last layers left out where not all have room there.
+
+        Args:
+            host: bytes of host memory that may be taken.
+
+        Returns:
+            None where there is no room.
+        """
+        gone = frozenset(that_fit(self.residuals, host))
+        away = self.planner.offloading(1 << 62) if gone else None
+        if away is None:
+            return None
+        if gone not in self.others:
+            self.others[gone] = Deep(self.planner, self.like, self.standing, away, gone)
+        return self.others[gone]
+
+    def short_of_host(self, host: int) -> str:
+        """What host memory is too small for, in words; nothing where it is not."""
+        return too_little(self.residuals, host)
 
     def within(self, budget: int) -> Planned:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
@@ -79,18 +130,22 @@ class Deep:
             low, high, best = (middle, high, found) if found[0].peak_bytes <= budget else (low, middle, best)
         return best
 
-    def _rung(self, step: int, smallest: tuple[Plan, Timeline], fastest: tuple[Plan, Timeline]) -> Planned:
-        least, most = smallest[0].peak_bytes, fastest[0].peak_bytes
-        chosen = self._choose(least + (most - least) * step // RUNGS)
-        found = self.of(chosen) if chosen else smallest
-        return found if found[0].seconds <= smallest[0].seconds else smallest
+    def _rung(self, step: int, smallest: Planned, fastest: Planned) -> Planned:
+        if step not in self.rungs:
+            least, most = smallest[0].peak_bytes, fastest[0].peak_bytes
+            chosen = self._choose(least + (most - least) * step // RUNGS)
+            found = self.of(chosen) if chosen else smallest
+            self.rungs[step] = found if found[0].seconds <= smallest[0].seconds else smallest
+        return self.rungs[step]
 
     def of(self, ranks: Sequence[int]) -> Planned:
         """The plan in which each layer keeps the pattern of that rank, and the step's timeline."""
-        timeline = self._composed(ranks)
+        timeline, halves = self._composed(ranks)
         patterns = [choice[rank] for choice, rank in zip(self.choices, ranks, strict=True)]
         layers = [self.planner.layers[i] for i in self.like]
         kept = [{layer.values[i] for i in p.kept} for layer, p in zip(layers, patterns, strict=True)]
+        moved = sum(size for i, size in enumerate(self.residuals) if i in self.gone)
+        seconds = sum(p.seconds for p in patterns) + self.outside
         policy = "mixed"
         if all(rank == self.ranks[-1] for rank in ranks):
             policy = "keep"
@@ -102,21 +157,21 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=sum(p.seconds for p in patterns) + self.outside,
+            seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
             parts=timeline.parts,
-            words=in_words(layers, kept),
+            words=in_words(layers, kept, sorted(self.gone)),
+            host_bytes=moved,
         )
         return plan, timeline
 
     # -- stretches -----------------------------------------------------------------------------------------------------
 
-    def _stretches(self, rank: int) -> dict[Any, _Stretch]:
+    def _stretches(self, planner: Planner, rank: int) -> dict[Any, _Stretch]:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
-        planner = self.planner
         count = len(planner.layers)
-        plan, timeline = planner.price(planner.assembled([rank] * count))
-        self.outside = plan.seconds - sum(choice[rank].seconds for choice in planner.choices)
-        places = planner.places()
+        _, timeline = planner.price(planner.assembled([rank] * count))
+        self.outside = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
+        places, operations = planner.places(), planner.liveness.last_walk.operations
         bytes_of = [choice[rank].bytes for choice in planner.choices]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
         moments: dict[Any, list[int]] = {}
@@ -133,63 +188,120 @@ class Deep:
             end = gradients[at[-1] + 1] if at[-1] + 1 < len(gradients) else gradients[at[-1]]
             finished = max(0, int(end - start)) if key[0] == "backward" else 0
             names = [timeline.names[i] for i in at]
-            found[key] = _Stretch(names, kept[at] - below, gradients[at] - start, working[at], finished)
+            seconds = sum(planner.sizes.seconds(operations[i]) for i in at)
+            found[key] = _Stretch(names, kept[at] - below, gradients[at] - start, working[at], finished, seconds)
         return found
 
-    def _composed(self, ranks: Sequence[int]) -> Timeline:
+    def _composed(self, ranks: Sequence[int]) -> tuple[Timeline, tuple[float, float]]:
+        """The step's timeline, and the seconds of forward and of backward."""
         bytes_of = [choice[rank].bytes for choice, rank in zip(self.choices, ranks, strict=True)]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
-        order: list[tuple[Any, int, int]] = [(("forward", "before"), ranks[0], 0)]
-        layers = list(enumerate(zip(self.like, ranks, strict=True)))
-        order += [(("forward", traced), rank, before[i]) for i, (traced, rank) in layers]
-        order.append((("forward", "head"), ranks[-1], before[-1]))
-        turn = len(order)
-        order.append((("backward", "head"), ranks[-1], before[-1]))
-        order += [(("backward", traced), rank, before[i]) for i, (traced, rank) in reversed(layers)]
-        order.append((("backward", "after"), ranks[0], 0))
+        layers = list(enumerate(zip(self.sources, self.like, ranks, strict=True)))
+
+        def layer(phase: str, i: int, source: Planner, traced: int, rank: int) -> tuple[_Stretch | None, int]:
+            return self.parts[source][rank].get((phase, traced)), before[i]
+
+        forward = [(self.ends[ranks[0]].get(("forward", "before")), 0)]
+        forward += [layer("forward", i, *rest) for i, rest in layers]
+        forward.append((self.ends[ranks[-1]].get(("forward", "head")), before[-1]))
+        backward = [(self.ends[ranks[-1]].get(("backward", "head")), before[-1])]
+        backward += [layer("backward", i, *rest) for i, rest in reversed(layers)]
+        backward.append((self.ends[ranks[0]].get(("backward", "after")), 0))
         names: list[str] = []
         kept: list[int] = []
         gradients: list[int] = []
         working: list[int] = []
         finished = length = 0
-        for i, (key, rank, below) in enumerate(order):
-            if i == turn:
-                length = len(names)
-            stretch = self.parts[rank].get(key)
-            if stretch is None:
-                continue
-            names += stretch.names
-            kept += [int(k + below) for k in stretch.kept]
-            gradients += [int(g + finished) for g in stretch.gradients]
-            working += [int(w) for w in stretch.working]
-            finished += stretch.finished
-        return Timeline(self.standing, names, length, kept, gradients, working)
+        seconds = []
+        for half in (forward, backward):
+            length = len(names)
+            there = [(stretch, below) for stretch, below in half if stretch is not None]
+            seconds.append(sum(stretch.seconds for stretch, _ in there))
+            for stretch, below in there:
+                names += stretch.names
+                kept += [int(k + below) for k in stretch.kept]
+                gradients += [int(g + finished) for g in stretch.gradients]
+                working += [int(w) for w in stretch.working]
+                finished += stretch.finished
+        return Timeline(self.standing, names, length, kept, gradients, working), (seconds[0], seconds[1])
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 
     def _choose(self, limit: int) -> list[int] | None:
-        grown = [max(self._finished(key, rank) for rank in self.ranks) for key in (("backward", i) for i in self.like)]
-        head = max(self._finished(("backward", "head"), rank) for rank in self.ranks)
+        traced = list(zip(self.sources, self.like, strict=True))
+        grown = [max(self._finished(self.parts[s][rank], ("backward", i)) for rank in self.ranks) for s, i in traced]
+        head = max(self._finished(self.ends[rank], ("backward", "head")) for rank in self.ranks)
         above = [head + sum(grown[i + 1 :]) for i in range(len(grown))]
         inside = np.array(
             [
-                [self._inside(traced, rank, over, self.choices[i][rank].bytes) for rank in self.ranks]
-                for i, (traced, over) in enumerate(zip(self.like, above, strict=True))
+                [self._inside(self.parts[s][rank], t, over, self.choices[i][rank].bytes) for rank in self.ranks]
+                for i, ((s, t), over) in enumerate(zip(traced, above, strict=True))
             ]
         )
         ends = [("forward", "head"), ("backward", "head")]
-        outside = max(self.parts[r][k].most for r in self.ranks for k in ends if k in self.parts[r])
+        outside = max(self.ends[r][k].most for r in self.ranks for k in ends if k in self.ends[r])
         return self.planner.shortest(self.choices, inside, outside, limit - self.standing.total)
 
-    def _finished(self, key: Any, rank: int) -> int:
-        stretch = self.parts[rank].get(key)
+    @staticmethod
+    def _finished(parts: Mapping[Any, _Stretch], key: Any) -> int:
+        stretch = parts.get(key)
         return stretch.finished if stretch is not None else 0
 
-    def _inside(self, traced: int, rank: int, above: int, own: int) -> int:
+    @staticmethod
+    def _inside(parts: Mapping[Any, _Stretch], traced: int, above: int, own: int) -> int:
         """Bytes while the step is in a layer, beside what the layers up to and with it keep."""
-        forward, backward = (self.parts[rank].get((phase, traced)) for phase in ("forward", "backward"))
+        forward, backward = (parts.get((phase, traced)) for phase in ("forward", "backward"))
         most = [part.most + extra for part, extra in ((forward, 0), (backward, above)) if part is not None]
         return max(most, default=0) - own
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """What the smallest plan needs by the tokens of a step, which is a straight line in them.
+
+    Attributes:
+        alone: bytes without host memory, (at no tokens, per token).
+        away: the same with the residuals of all layers but the last in host memory.
+        residuals: bytes per token that each of those layers hands on.
+    """
+
+    alone: tuple[float, float]
+    away: tuple[float, float]
+    residuals: list[float]
+
+    @classmethod
+    def through(cls, tokens: tuple[int, int], plans: tuple[Deep, Deep]) -> Floor:
+        """The lines through two points.
+
+        Args:
+            tokens: two different numbers of tokens.
+            plans: of steps of so many.
+        """
+        peaks = []
+        for deep in plans:
+            other = deep.offloading(1 << 62) or deep
+            peaks.append((deep.smallest[0].peak_bytes, other.smallest[0].peak_bytes))
+        lines = []
+        for a, b in zip(*peaks, strict=True):
+            slope = (b - a) / (tokens[1] - tokens[0])
+            lines.append((a - slope * tokens[0], slope))
+        return cls(lines[0], lines[1], [size / tokens[0] for size in plans[0].residuals])
+
+    def at(self, tokens: int, host: int) -> float:
+        """Peak bytes of a step of so many tokens, with so many bytes of host memory."""
+        alone, away = (fixed + slope * tokens for fixed, slope in (self.alone, self.away))
+        there = that_fit((int(size * tokens) for size in self.residuals), host)
+        return alone - max(0.0, alone - away) * len(there) / max(1, len(self.residuals))
+
+    def tokens_within(self, budget: int, host: int) -> int:
+        """The most tokens whose smallest plan is within so many bytes."""
+        low, high = 0, 1
+        while self.at(high, host) <= budget and high < 1 << 40:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(middle, host) <= budget else (low, middle)
+        return low
 
 
 def _keys(places: Iterable[int | None], turn: int) -> list[tuple[str, Any]]:

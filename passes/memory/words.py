@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from torch import fx
+from torch import SymInt, fx
 
 from ...kernels.operator import operator_of
 from ..rewrite import module_path
@@ -26,18 +26,17 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Collection[fx.Node] = ()) -> str:
+def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Sequence[int] = ()) -> str:
     """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
 
     Args:
         kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
-        away: what of it waits in host memory.
+        away: the layers whose residual, what they hand on to the next one, waits in host memory.
     """
     told = _in_words(layers, kept)
-    gone = [i for i, layer in enumerate(layers) if any(n in away for n in layer.values)]
-    if not gone:
+    if not away:
         return told
-    return f"{told}; inputs of {len(gone)} of {len(layers)} layers ({_spans(gone)}) wait in host memory"
+    return "; ".join(filter(None, (told, f"offload residuals of {len(away)} of {len(layers)} layers ({_spans(away)})")))
 
 
 def _in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:
@@ -129,10 +128,28 @@ def length_that_fits(budget: int, timeline: Timeline, length: int | None) -> int
 
 
 def sequence_length(joint: Joint) -> int | None:
-    """Tokens per sequence, if the graph has tokens: an integer input [batch, length]."""
+    """Tokens per sequence, if the graph has tokens and one length."""
+    _, length = tokens(joint) or (None, None)
+    return length if isinstance(length, int) else None
+
+
+def tokens(joint: Joint) -> tuple[int | SymInt, int | SymInt] | None:
+    """Sequences and tokens in each: of an integer input [batch, length]; None where there is none."""
     for node in joint.forward:
         if node.op == "placeholder" and is_value(node):
             value = node.meta["val"]
             if not value.dtype.is_floating_point and value.dim() == 2 and value.dtype.itemsize == 8:
-                return int(value.shape[1]) if isinstance(value.shape[1], int) else None
+                return value.shape[0], value.shape[1]
     return None
+
+
+def tokens_within(budget: int, timeline: Timeline, count: int) -> int:
+    """Tokens up to which a plan that was made for ``count`` is within a budget; at least so many.
+
+    Gradients stay as they are; what a step holds beside them, and beside what is there all the time, grows no faster
+    than the tokens do.
+    """
+    moments = zip(timeline.gradients, timeline.kept, timeline.working, strict=True)
+    room = budget - timeline.standing.total
+    shares = [(room - gradients) / (kept + working) for gradients, kept, working in moments if kept + working > 0]
+    return max(count, int(count * min(shares, default=1)))

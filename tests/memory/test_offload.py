@@ -13,7 +13,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
 from tests.memory.llama import Model, cut_by, gradients, ids
-from unsloth.passes.memory.costs import Sizes, pinned_bytes
+from unsloth.kernels.pinned import whole_pages
+from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.liveness import Timeline
 from unsloth.passes.memory.partition import Partitioner
 from unsloth.passes.memory.plan import Plan, Tag
@@ -66,7 +67,7 @@ def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() 
     assert plan.peak_bytes <= budget
     assert timeline.peak == plan.peak_bytes and plan.host_bytes == len(plan.offloaded) * BOUNDARY
     assert len(plan.offloaded) == LAYERS - 1 and plan.tags[plan.offloaded[0]] is Tag.OFFLOAD
-    assert f"inputs of {LAYERS - 1} of {LAYERS} layers (0–{LAYERS - 2}) wait in host memory" in plan.words
+    assert f"offload residuals of {LAYERS - 1} of {LAYERS} layers (0–{LAYERS - 2})" in plan.words
     calls = {kind: [n for n in gm.graph.nodes if "unsloth_launch" in str(n.target)] for kind, gm in seen.items()}
     assert [n.args[0].name for n in calls["forward"]] == plan.offloaded
     fetched = [n.args[1].name for n in calls["backward"]]
@@ -76,7 +77,7 @@ def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() 
 
 
 def test_host_memory_limits_what_waits_there() -> None:
-    _, plan, _ = run(Model(layers=LAYERS), Partitioner(0, host=5 * pinned_bytes(BOUNDARY) + 1))
+    _, plan, _ = run(Model(layers=LAYERS), Partitioner(0, host=5 * whole_pages(BOUNDARY) + 1))
     assert len(plan.offloaded) == 5
 
 
