@@ -98,3 +98,19 @@ def value(node: Any) -> Any:
 
 def is_tensor(node: Any) -> bool:
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's call by name, in schema order, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: v for a, v in zip(schema, node.args, strict=False)} | node.kwargs
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
+
+
+def describe(node: Any) -> str:
+    """What a value is, in words for a user."""
+    if not isinstance(node, fx.Node):
+        return str(node)
+    if node.op == "placeholder":
+        return "an input of the graph"
+    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
