@@ -20,13 +20,13 @@ class Call:
     """An argument that the rewrite has to compute first.
 
     Attributes:
-        target: an operator of ours, or of ATen.
+        target: an operator of ours, or of ATen; ``operator.getitem`` for one of several results.
         args: graph nodes, numbers, lists of them, and further calls.
         kwargs: likewise.
         shared: whether one node serves all matches that ask for the same.
     """
 
-    target: Operator | OpOverload
+    target: Operator | OpOverload | Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     shared: bool = False
@@ -142,7 +142,9 @@ def insert(graph: fx.Graph, call: Call, values: dict[int, Any], origin: fx.Node,
     return called(graph, _overload(call.target), args, kwargs, values[id(call)], origin)
 
 
-def _same_call(target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], place: fx.Node) -> fx.Node | None:
+def _same_call(
+    target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: fx.Node
+) -> fx.Node | None:
     """A node before ``place`` that is this call."""
     for argument in (a for a in args if isinstance(a, fx.Node)):
         for user in argument.users:
@@ -161,5 +163,5 @@ def called(
     return node
 
 
-def _overload(target: Operator | OpOverload) -> OpOverload:
+def _overload(target: Operator | OpOverload | Callable[..., Any]) -> Callable[..., Any]:
     return target.overload if isinstance(target, Operator) else target
