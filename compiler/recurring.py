@@ -36,7 +36,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (int, float, bool, complex, str, type(None), type(...))
 _PLAIN += (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-_QUIET = {"contiguous", "to"}  # methods that return their tensor where it is so already
+# What may leave no trace: methods that return their tensor where it is so already, and a size that is known.
+_QUIET = {"contiguous", "to", torch.ops.aten.sym_size.int, "size"}
 _FIXED = ("tensor_meta", "original_aten")  # notes that do not depend on who calls
 _SIZES = {torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_storage_offset.default}
 
@@ -235,7 +236,7 @@ class Recurring:
                 if place is None or (not self.views and _memory(leaf, tracer) in owned):
                     raise _Unknown
                 return place if isinstance(place, _Input) else _New(place, like, described)
-            if isinstance(leaf, _PLAIN):
+            if isinstance(leaf, _PLAIN) or (isinstance(leaf, _SYMBOLIC) and not free_unbacked_symbols(leaf)):
                 return leaf
             raise _Unknown
 
