@@ -13,13 +13,15 @@ graph as it stands, and AOTAutograd or eager autograd runs it as they would have
 
 from __future__ import annotations
 
+import operator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_slot,
@@ -33,11 +35,14 @@ from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record
 from .einsum import as_product
 from .mutations import behind_autograd, keep_mutations
+from .recurring import Copied, Mutated, Recurring, Watched, plain, tensor_of
 from .vmap import write_out_vmap
 
 _higher_order = torch.ops.higher_order
 _INLINED = {getattr(_higher_order, "tag_activation_checkpoint", None)} - {None}
 _CARRIED = {getattr(_higher_order, "autograd_function_apply", None)} - {None}
+# Of others it is not known that they mutate nothing.
+_PURE = _INLINED | _CARRIED | {getattr(_higher_order, "flex_attention", None)} - {None}
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -92,9 +97,7 @@ def retrace(gm: fx.GraphModule, *, check: bool = True) -> fx.GraphModule:
         raise CaptureError("an input is not a plain tensor")
     try:
         with mode, preserve_node_meta():
-            plain = write_out_vmap(gm)
-            functionalised = _Functionalised(plain, _fresh_outputs(plain, mode))
-            graph = make_fx(functionalised, _SPELLINGS, pre_dispatch=True, tracing_mode="real")(*fakes)
+            graph = _traced(write_out_vmap(gm), fakes, mode)
     except Exception as error:
         raise CaptureError(f"{type(error).__name__}: {error}") from error
     _keep_identity(gm, graph)
@@ -113,29 +116,45 @@ def retrace(gm: fx.GraphModule, *, check: bool = True) -> fx.GraphModule:
     return graph
 
 
+def _traced(gm: fx.GraphModule, fakes: list[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    """The graph, retraced; calls that recur are copied, of views only where nothing is mutated."""
+    for views in (True, False):
+        recurring = Recurring(views=views)
+        functionalised = _Functionalised(gm, _fresh_outputs(gm, mode), recurring)
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled()):  # a trace that ends early leaves its own behind
+                graph = make_fx(functionalised, _SPELLINGS, pre_dispatch=True, tracing_mode="real")(*fakes)
+        except Mutated:
+            continue
+        recurring.complete()
+        return graph
+    raise AssertionError("only copied views make a mutation a problem")
+
+
 class _Functionalised:
     """Runs a graph on functional tensors and returns plain ones; mutations of inputs become copies at the end."""
 
-    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any]) -> None:
-        self.gm, self.carried = gm, carried
+    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any], recurring: Recurring) -> None:
+        self.gm, self.carried, self.recurring = gm, carried, recurring
 
     def __call__(self, *args: Any) -> Any:
         # ``export`` keeps composite functional operators (linear, attention, losses) whole above autograd.
-        mode = FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True)
+        settings = {"pre_dispatch": True, "export": True, "_allow_token_discovery": True}
+        mode = Watched(self.recurring.mutates, **settings)
         outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with outside, mode:
             inputs = [FunctionalTensor.to_functional(a) if isinstance(a, Tensor) else a for a in args]
-            before = [_plain(i) for i in inputs]
-            interpreter = _Interpreter(self.gm, self.carried)
+            before = [plain(i) for i in inputs]
+            interpreter = _Interpreter(self.gm, self.carried, self.recurring)
             try:
                 results = interpreter.run(*inputs)
             finally:
                 while interpreter.autocast:
                     interpreter.leave_autocast()
-            after = [_plain(i) for i in inputs]
+            after = [plain(i) for i in inputs]
             mutated = [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
             itself = {id(inputs[i]): args[i] for i in mutated}  # a mutated input that is returned stays that input
-            outputs = pytree.tree_map_only(FunctionalTensor, lambda t: itself.get(id(t), _plain(t)), results)
+            outputs = pytree.tree_map_only(FunctionalTensor, lambda t: itself.get(id(t), plain(t)), results)
         for i in mutated:
             leaf = args[i].requires_grad and args[i].is_leaf  # mutable only where autograd does not look
             with torch.no_grad() if leaf else nullcontext():
@@ -146,13 +165,28 @@ class _Functionalised:
 class _Interpreter(fx.Interpreter):
     """Interprets Dynamo's graph under the tracer; enters checkpoint bodies and carries autograd functions."""
 
-    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, carried: dict[fx.Node, Any], recurring: Recurring) -> None:
         super().__init__(gm)
-        self.carried = carried
+        self.carried, self.recurring = carried, recurring
         self.autocast: list[tuple[str, bool, torch.dtype]] = []
+        self.tracer = _pre_dispatch_tracer()
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method") or n.target in _INLINED | _CARRIED:
+            return self.trace_node(n)
+        match n.target, n.args:
+            case operator.getitem, (fx.Node() as node, int() as i) if isinstance(self.env[node], (tuple, list)):
+                return self.env[node][i]
+        return self.recurring.run(n, self.env, self.tracer, self._set_current_node, lambda: self.trace_node(n))
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        arguments = super().fetch_args_kwargs_from_env(n)
+        return pytree.tree_map_only(Copied, lambda copied: tensor_of(copied, self.tracer), arguments)
+
+    def trace_node(self, n: fx.Node) -> Any:
         self.node = n
+        if isinstance(n.target, HigherOrderOperator) and n.target not in _PURE:
+            self.recurring.mutates(str(n.target))
         parameter = behind_autograd(n)
         if parameter is not None:
             through = self.env[parameter] - self.env[parameter].detach()
@@ -175,7 +209,7 @@ class _Interpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _INLINED:
             body, *inputs = args
-            inner = _Interpreter(body, self.carried)
+            inner = _Interpreter(body, self.carried, self.recurring)
             inner.autocast = self.autocast
             return inner.run(*inputs)
         if target in _CARRIED:
@@ -216,7 +250,7 @@ def _carry(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: 
 
     def proxy(value: Any) -> Any:
         if isinstance(value, FunctionalTensor):
-            return get_proxy_slot(_plain(value), tracer).proxy
+            return get_proxy_slot(plain(value), tracer).proxy
         if isinstance(value, torch.SymInt):
             return get_proxy_slot(value, tracer).force()
         if isinstance(value, fx.GraphModule):
@@ -262,13 +296,6 @@ def _fresh_outputs(gm: fx.GraphModule, mode: FakeTensorMode) -> dict[fx.Node, An
             for n in module.graph.nodes
             if n.op == "call_function" and n.target in _CARRIED
         }
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, FunctionalTensor):
-        return value
-    torch._sync(value)
-    return torch._from_functional_tensor(value.elem)
 
 
 def _keep_identity(old: fx.GraphModule, new: fx.GraphModule) -> None:

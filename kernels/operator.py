@@ -13,29 +13,30 @@ gives the mathematics (plain torch and Triton, forward and backward) and this mo
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-NAMESPACE = "unsloth"
-LAUNCH = f"{NAMESPACE}_launch"
-
-# Not ``torch.library.custom_op``: its checks at every call cost as much time as a launch.
-_LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in (NAMESPACE, LAUNCH)}
+from .registration import LAUNCH as LAUNCH
+from .registration import (
+    NAMESPACE,
+    as_returned,
+    is_tensor,
+    refuse_gradients,
+    register_autograd,
+    register_backward,
+    register_flops,
+    register_forward,
+)
+from .registration import KernelWarning as KernelWarning
+from .registration import switch_off as switch_off
 
 OPERATORS: dict[str, Operator] = {}
 """Every declared operator by name."""
-
-
-class KernelWarning(UserWarning):
-    """A kernel raised and was replaced by its reference for the rest of the process."""
 
 
 @dataclass(eq=False)
@@ -76,7 +77,7 @@ class Operator:
 
     @property
     def tensor_inputs(self) -> tuple[str, ...]:
-        return tuple(a.name for a in self.schema.arguments if _is_tensor(a))
+        return tuple(a.name for a in self.schema.arguments if is_tensor(a))
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -102,7 +103,7 @@ class Operator:
 
     def backward_as_returned(self, *args: Any) -> Any:
         """``reference_backward`` with the return convention of the registered backward operator."""
-        return _as_returned(self.reference_backward(*args), args[0])
+        return as_returned(self.reference_backward(*args), args[0])
 
     def runs_kernel_on(self, device: str) -> bool:
         """Whether this operator has a kernel of its own for that device type (otherwise the reference runs)."""
@@ -190,13 +191,13 @@ def operator(
         _supports=supports,
     )
     _check_names(op)
-    _register_forward(op, schema[len(name) :])
+    register_forward(op, schema[len(name) :])
     if op.differentiable:
-        _register_backward(op)
-        _register_autograd(op)
+        register_backward(op)
+        register_autograd(op)
     else:
-        _refuse_gradients(op.name)
-    _register_flops(op)
+        refuse_gradients(op.name)
+    register_flops(op)
     OPERATORS[name] = op
     return op
 
@@ -208,23 +209,9 @@ def operator_of(target: Any) -> Operator | None:
     return None
 
 
-def switch_off(op: Operator, reason: str) -> None:
-    """Disable an operator's kernel for this process; graphs that use it are compiled again without it."""
-    if op.disabled is None:
-        op.disabled = reason
-        warnings.warn(f"{NAMESPACE}: the {op.name} kernel failed and is switched off: {reason}", KernelWarning, 2)
-
-
-# -- wiring ------------------------------------------------------------------------------------------------------------
-
-
 def _is_there(value: Tensor | None) -> bool:
     """Whether a tensor that is optional was given or made; how many elements it has may be symbolic."""
     return value is not None and not (value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0)
-
-
-def _is_tensor(argument: Any) -> bool:
-    return _type_name(argument) in ("Tensor", "Tensor?")
 
 
 def _check_names(op: Operator) -> None:
@@ -241,157 +228,6 @@ def _check_names(op: Operator) -> None:
             raise ValueError(f"operator {op.name}: {what} names {unknown}, the schema has {sorted(allowed)}")
     if any(not n for n in op.outputs):
         raise ValueError(f"operator {op.name}: every output of the schema needs a name")
-
-
-def _dispatch(op: Operator, kernel: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Run the kernel where there is one, the reference elsewhere; never under the ambient autocast."""
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    if torch.is_autocast_enabled(device.type) or _is_elsewhere(device):
-        with _ambient(device):
-            return _run(op, kernel, reference, args, device)
-    return _run(op, kernel, reference, args, device)
-
-
-def _run(op: Operator, kernel: Any, reference: Any, args: tuple[Any, ...], device: torch.device) -> Any:
-    if op.runs_kernel_on(device.type):
-        try:
-            return kernel(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001  the operator is functional: its reference can always take over
-            switch_off(op, f"{type(error).__name__}: {error}")
-    return reference(*args)
-
-
-def _is_elsewhere(device: torch.device) -> bool:
-    """Whether Triton would launch on another device than the tensors'."""
-    return device.type == "cuda" and device.index != torch.cuda.current_device()
-
-
-@contextlib.contextmanager
-def _ambient(device: torch.device) -> Iterator[None]:
-    """Autocast off, and Triton launches on the tensors' own device."""
-    with contextlib.ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if _is_elsewhere(device):
-            stack.enter_context(torch.cuda.device(device))
-        yield
-
-
-def _define(op: Operator, name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator in both namespaces; returns the one that can be given an autograd layer."""
-    for namespace, library in _LIBRARIES.items():
-        library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-    differentiated, launch = (getattr(getattr(torch.ops, namespace), name).default for namespace in _LIBRARIES)
-    op.launch[differentiated] = launch
-    return differentiated
-
-
-def _register_forward(op: Operator, signature: str) -> None:
-    def run(*args: Any) -> Any:
-        return _dispatch(op, op.forward, op.reference, args)
-
-    op.overload = _define(op, op.name, signature, run, op.fake or op.reference)
-
-
-def _register_backward(op: Operator) -> None:
-    maybe_none = {a.name for a in op.schema.arguments if _type_name(a) == "Tensor?"} | {*op.saves_instead.values()}
-    arguments = [
-        *(f"Tensor grad_{name}" for name in op.gradients_of),
-        *(f"Tensor? {name}" if name in maybe_none else f"Tensor {name}" for name in op.saves),
-        *(f"{_type_name(a)} {a.name}" for a in op.schema.arguments if not _is_tensor(a)),
-        "bool[] needs",
-    ]
-    returns = ", ".join(f"Tensor grad_of_{name}" for name in op.differentiable)
-
-    def run(*args: Any) -> Any:
-        return _as_returned(_dispatch(op, op.backward, op.reference_backward, args), args[0])
-
-    name = f"{op.name}_backward"
-
-    def fake(*args: Any) -> Any:
-        return _as_returned(op.fake_backward(*args), args[0])
-
-    op.overload_backward = _define(op, name, f"({', '.join(arguments)}) -> ({returns})", run, fake)
-    _refuse_gradients(name)
-
-
-def _refuse_gradients(name: str) -> None:
-    """Raise where a gradient is asked of an operator that has none, instead of going on without it."""
-
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"{NAMESPACE}::{name} is not differentiable")
-
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARIES[NAMESPACE])
-
-
-def _as_returned(gradients: Sequence[Tensor | None], like: Tensor) -> Any:
-    # A dispatcher schema cannot return None, so a gradient that nobody wants is an empty tensor.
-    filled = [like.new_empty(0) if g is None else g for g in gradients]
-    return tuple(filled) if len(filled) > 1 else filled[0]
-
-
-def _register_autograd(op: Operator) -> None:
-    inputs, outputs = op.inputs, op.outputs
-    others = [i for i, a in enumerate(op.schema.arguments) if not _is_tensor(a)]
-    positions = [inputs.index(name) for name in op.differentiable]
-    followers = {inputs.index(name): inputs.index(of) for name, of in op.same_gradient.items()}
-    graded = [outputs.index(name) for name in op.gradients_of]
-    statistics = [i for i in range(len(outputs)) if i not in graded]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        values = output if isinstance(output, tuple) else (output,)
-        by_name = dict(zip(op.inputs, inputs, strict=True)) | dict(zip(outputs, values, strict=True))
-        ctx.save_for_backward(*op.saved(by_name))
-        ctx.others = [inputs[i] for i in others]
-        ctx.mark_non_differentiable(*(values[i] for i in statistics))
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        wanted = list(ctx.needs_input_grad)
-        for follower, of in followers.items():
-            wanted[of] |= wanted[follower]
-        needs = [bool(wanted[i]) for i in positions]
-        result = op.overload_backward(*(grads[i] for i in graded), *ctx.saved_tensors, *ctx.others, needs)
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        values = result if isinstance(result, tuple) else (result,)
-        for i, need, value in zip(positions, needs, values, strict=True):
-            gradients[i] = value if need else None
-        for follower, of in followers.items():
-            gradients[follower] = gradients[of] if ctx.needs_input_grad[follower] else None
-        return tuple(gradients)
-
-    name = f"{NAMESPACE}::{op.name}"
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARIES[NAMESPACE])
-
-
-def _register_flops(op: Operator) -> None:
-    def forward_formula(*args: Any, out_val: Any = None, **_: Any) -> Any:
-        return op.flops(*args)
-
-    def backward_formula(*args: Any, out_val: Any = None, **_: Any) -> Any:
-        # The backward operator is given saved values, not the schema's arguments: rebuild them by name. An input that
-        # backward does not save is not part of its arithmetic either, except through the gradient's shape.
-        names = [*(f"grad_{n}" for n in op.gradients_of), *op.saves]
-        names += [a.name for a in op.schema.arguments if not _is_tensor(a)]
-        given = dict(zip(names, args, strict=False))
-        return op.backward_flops(*(given.get(name, args[0]) for name in op.inputs))
-
-    namespace = getattr(torch.ops, NAMESPACE)
-    register_flop_formula(getattr(namespace, op.name), get_raw=True)(forward_formula)
-    if op.differentiable:
-        register_flop_formula(getattr(namespace, f"{op.name}_backward"), get_raw=True)(backward_formula)
-
-
-def _type_name(argument: Any) -> str:
-    """The schema spelling of an argument's type: ``Optional[float]`` is written ``float?``, ``List[int]`` ``int[]``."""
-    name = str(argument.type)
-    for prefix, suffix in (("Optional[", "?"), ("List[", "[]")):
-        if name.startswith(prefix):
-            return name[len(prefix) : -1] + suffix
-    return name
 
 
 def _nbytes(values: Any) -> Any:

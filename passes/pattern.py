@@ -25,13 +25,15 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from .nodes import arguments as arguments
+from .nodes import describe as describe
 from .rewrite import Miss, source_line, value
 
 aten = torch.ops.aten
@@ -74,7 +76,9 @@ class Attempt:
         self.reason, self.node, self.consumed, self.fitted = "", anchor, frozenset[fx.Node](), False
 
     def first(self, patterns: Mapping[str, Pattern]) -> Found | None:
-        matches = (p.match(self.anchor, Found(variant), self) for variant, p in patterns.items())
+        target = self.anchor.target
+        fitting = ((v, p) for v, p in patterns.items() if p.roots is None or target in p.roots)
+        matches = (p.match(self.anchor, Found(variant), self) for variant, p in fitting)
         return next(itertools.chain.from_iterable(matches), None)
 
     def dead_end(self, reason: str, node: Any, found: Found, fitted: bool = False) -> Iterator[Found]:
@@ -102,6 +106,7 @@ class Pattern:
     """Something a value of the graph may be."""
 
     size = 0  # number of calls: the larger operand is matched first
+    roots: frozenset[Any] | None = None  # targets of the nodes that it may be, or None for any
 
     def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         """Yield every extension of ``found`` under which ``node`` is this pattern."""
@@ -145,6 +150,7 @@ Check = Callable[[fx.Node, dict[str, Any]], str | None]
 class _Capture(Pattern):
     def __init__(self, name: str, inner: Pattern | None) -> None:
         self.name, self.inner, self.size = name, inner, inner.size if inner else 0
+        self.roots = inner.roots if inner else None
 
     def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         if not isinstance(node, fx.Node) or not isinstance(value(node), Tensor):
@@ -185,6 +191,7 @@ class _Literal(Pattern):
 class _Cast(Pattern):
     def __init__(self, inner: Pattern, lossless: bool) -> None:
         self.inner, self.lossless, self.size = inner, lossless, inner.size
+        self.roots = None if inner.roots is None else inner.roots | _CASTS
 
     def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         if isinstance(node, fx.Node) and is_cast(node):
@@ -197,6 +204,7 @@ class _Cast(Pattern):
 class _Either(Pattern):
     def __init__(self, *spellings: Pattern) -> None:
         self.spellings, self.size = spellings, max(s.size for s in spellings)
+        self.roots = any_of(spellings)
 
     def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         return itertools.chain.from_iterable(s.match(node, found, attempt) for s in self.spellings)
@@ -204,7 +212,7 @@ class _Either(Pattern):
 
 class _Where(Pattern):
     def __init__(self, inner: Pattern, check: Callable[[fx.Node, Found], str | None]) -> None:
-        self.inner, self.check, self.size = inner, check, inner.size
+        self.inner, self.check, self.size, self.roots = inner, check, inner.size, inner.roots
 
     def match(self, node: Any, found: Found, attempt: Attempt) -> Iterator[Found]:
         for extended in self.inner.match(node, found, attempt):
@@ -231,6 +239,7 @@ class _Call(Pattern):
         self, name: str, targets: frozenset[Any], operands: Sequence[Operand], commutes: bool, check: Check
     ) -> None:
         self.name, self.targets, self.commutes, self.check = name, targets, commutes, check
+        self.roots = targets
         self.operands = tuple(_pattern(o) for o in operands)
         self.size = 1 + sum(o.size for o in self.operands)
 
@@ -282,6 +291,16 @@ class _Slice(Pattern):
         nodes = (node, node.args[0]) if node.target is operator.getitem else (node,)
         pairs = ((self.inner, whole), *zip(self.bounds, bounds, strict=True))
         return _match_all(pairs, found.through(*nodes), attempt)
+
+
+def any_of(patterns: Iterable[Pattern]) -> frozenset[Any] | None:
+    """The targets of the nodes that one of the patterns may be, or None for any."""
+    roots = frozenset[Any]()
+    for pattern in patterns:
+        if pattern.roots is None:
+            return None
+        roots |= pattern.roots
+    return roots
 
 
 def _pattern(operand: Operand) -> Pattern:
@@ -350,13 +369,6 @@ def function(name: str, *targets: Any, commutes: bool = False, check: Check | No
     return call
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operator's call by name, in schema order, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {a.name: v for a, v in zip(schema, node.args, strict=False)} | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
-
-
 def is_cast(node: fx.Node) -> bool:
     """Whether a node only converts between floating-point types."""
     if node.target not in _CASTS:
@@ -365,22 +377,15 @@ def is_cast(node: fx.Node) -> bool:
     return old.dtype.is_floating_point and new.dtype.is_floating_point and old.device == new.device
 
 
-def describe(node: Any) -> str:
-    """What a value is, in words for a user."""
-    if not isinstance(node, fx.Node):
-        return str(node)
-    if node.op == "placeholder":
-        return "an input of the graph"
-    return str(getattr(node.target, "_opname", getattr(node.target, "__name__", node.target)))
-
-
 def _defaults(node: fx.Node, rest: dict[str, Any]) -> str | None:
     defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
     odd = [f"{name}={given}" for name, given in rest.items() if given != defaults[name]]
     return f"{describe(node)} has {', '.join(odd)}" if odd else None
 
 
-_CASTS = {aten._to_copy.default, aten.type_as.default, aten.to.dtype, torch.ops.prims.convert_element_type.default}
+_CASTS = frozenset(
+    (aten._to_copy.default, aten.type_as.default, aten.to.dtype, torch.ops.prims.convert_element_type.default)
+)
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
 
 add = function("add", aten.add.Tensor, aten.add.Scalar, commutes=True)

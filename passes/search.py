@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .pattern import Attempt, Found, Pattern, is_cast
+from .pattern import Attempt, Found, Pattern, any_of, is_cast
 from .rewrite import Miss, Region, regions, source_line
 
 
@@ -37,11 +37,12 @@ def search(
         others use as well are left out of ``interior``: the operator reads the captured value, and they stay.
     """
     order, region = {node: i for i, node in enumerate(graph.nodes)}, regions(graph)
+    roots = any_of((*patterns.values(), *(near or {}).values()))
     taken: set[fx.Node] = set()
     matches: list[tuple[fx.Node, Found]] = []
     misses: dict[fx.Node, Miss] = {}
     for node in reversed(graph.nodes):
-        if node in taken or node.op != "call_function":
+        if node in taken or node.op != "call_function" or (roots is not None and node.target not in roots):
             continue
         attempt = Attempt(node)
         if found := attempt.first(patterns):

@@ -15,7 +15,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..rewrite import value
+from ..nodes import arguments as arguments
+from ..nodes import value
 
 aten = torch.ops.aten
 
@@ -40,14 +41,6 @@ def operand_of(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
     if (found := rule(given, shape, shape_of(node), index)) is None:
         return None
     return operand, inside(shape, found)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by the names of its schema, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
 
 
 def shape_of(node: fx.Node) -> Shape:

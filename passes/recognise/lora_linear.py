@@ -2,10 +2,14 @@
 
 z is x itself or x after dropout; PEFT widens it where adapters are kept in float32. Under autocast the three products
 convert what they read, and the operator is given the same; otherwise mixed types are the operator's to refuse.
+
+DoRA (arXiv:2402.09353) gives each row of W + scale · B A a magnitude m. PEFT adds what that changes to the layer's
+result r: r + (m - 1) (r - bias) + m · scale · (x Aᵀ) Bᵀ, which is m times an adapted layer without bias, and the bias.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -13,8 +17,9 @@ from torch import fx
 
 from ...kernels.lora_linear import lora_linear
 from ..pattern import Found, Pattern, capture, cast, function, number, widened
-from ..rewrite import Match, Miss, value
+from ..rewrite import Call, Match, Miss, value
 from ..search import search
+from ..soundness import same_sizes
 
 aten = torch.ops.aten
 linear = function("linear", aten.linear.default)
@@ -37,8 +42,10 @@ def adapter(z: Pattern, which: str = "") -> Pattern:
 
 
 def is_one_layer(node: fx.Node, found: Found) -> str | None:
-    if value(node).dtype != value(found["base"]).dtype:
-        return f"the result is {value(node).dtype} and the base product is {value(found['base']).dtype}"
+    base = value(found["base"]).dtype
+    scaled = torch.promote_types(base, value(found["m"]).dtype) if "m" in found.captures else base
+    if value(node).dtype != scaled:
+        return f"the result is {value(node).dtype} and the base product is {base}"
     if not isinstance(found.captures.get("scale", 1.0), (int, float)):
         return "the scale is not known when compiling"
     if _is_trained(found["weight"]):
@@ -50,14 +57,23 @@ def reads_one_value(node: fx.Node, found: Found) -> str | None:
     """Whether base and adapter multiply the same numbers, although each may convert x by itself."""
     x, read = value(found["x"]), value(found["read"])
     lossless = torch.promote_types(x.dtype, read.dtype) == read.dtype
-    if lossless or (_is_uniform(node, found) and read.dtype == value(node).dtype):
+    if lossless or (_is_uniform(found) and read.dtype == value(found["base"]).dtype):
         return None
     return f"the adapter reads x as {x.dtype} and the base product as {read.dtype}"
 
 
-def _is_uniform(node: fx.Node, found: Found) -> bool:
+def magnifies_features(node: fx.Node, found: Found) -> str | None:
+    if "unbiased" in found.captures and found["base"].args[2:] != (found["bias"],):
+        return "what is subtracted from the base product is not its bias"
+    shape, features = value(found["m"]).shape, value(found["base"]).shape[-1]
+    if all(same_sizes((size,), (1,)) for size in shape[:-1]) and same_sizes(shape[-1:], (features,)):
+        return None
+    return f"the magnitude has shape {tuple(shape)}, not one value per feature"
+
+
+def _is_uniform(found: Found) -> bool:
     """Whether all products are of the result's type; where they read another one, autocast converts for them."""
-    return {value(found[name]).dtype for name in ("base", "xa", "update")} == {value(node).dtype}
+    return len({value(found[name]).dtype for name in ("base", "xa", "update")}) == 1
 
 
 def _is_trained(weight: fx.Node) -> bool:
@@ -82,15 +98,25 @@ def layer(z: Pattern) -> Pattern:
     return cast(base + adapter(z)).where(is_one_layer)
 
 
-z, B, scale = capture("z"), capture("B"), number("scale")
+z, B, scale, m = capture("z"), capture("B"), number("scale"), capture("m")
+
+
+def dora(z: Pattern) -> Pattern:
+    update = cast(capture("update", linear(low_rank(z), B)))
+    scaled = cast(m * update) * scale | m * update
+    unbiased = capture("unbiased", base - bias) | base
+    return (cast(base) + (cast((m - 1) * unbiased) + scaled)).where(magnifies_features).where(is_one_layer)
+
+
 LORA = {
+    "DoRA": dora(widened(x)).where(reads_one_value),
     "adapter on x": layer(widened(x)).where(reads_one_value),
     "adapter on another input": layer(z),
 }
 NEAR = {
     "a second adapter of the layer stays outside": layer(z) + adapter(capture("z 2"), " 2"),
     "B has a bias": base + cast(linear(low_rank(z), B, capture("bias of B")) * scale),
-    "the update is scaled by a tensor, as in DoRA": linear(low_rank(z), B) * capture("magnitude"),
+    "the update is scaled by a tensor": linear(low_rank(z), B) * capture("magnitude"),
     "the update is not added to the product of a linear layer": capture("other") + cast(linear(low_rank(z), B) * scale),
 }
 
@@ -108,9 +134,29 @@ class LoraLinear:
 def _match(node: fx.Node, found: Found) -> Match:
     bound = found.captures
     tensors = (bound["read"], bound.get("z"), bound["weight"], bound.get("bias"), bound["A"], bound["B"])
-    converted = tuple(range(len(tensors))) if _is_uniform(node, found) else ()
-    args = (*tensors, float(bound.get("scale", 1.0)))
-    return Match(lora_linear, args, {node: 0}, found.interior, found.variant, converted)
+    scale = float(bound.get("scale", 1.0))
+    if found.variant == "DoRA":
+        return _magnified(node, found, tensors, scale)
+    converted = tuple(range(len(tensors))) if _is_uniform(found) else ()
+    return Match(lora_linear, (*tensors, scale), {node: 0}, found.interior, found.variant, converted)
+
+
+def _magnified(node: fx.Node, found: Found, tensors: tuple[fx.Node | None, ...], scale: float) -> Match:
+    """m times the adapted layer without its bias, and the bias."""
+    dtype = value(found["base"]).dtype
+
+    def converted(tensor: fx.Node | None) -> fx.Node | Call | None:
+        if tensor is None or value(tensor).dtype == dtype or not _is_uniform(found):
+            return tensor
+        return Call(aten._to_copy.default, (tensor,), {"dtype": dtype})  # as autocast does
+
+    x, z, weight, bias, A, B = map(converted, tensors)
+    inside, outside = (None, bias) if "unbiased" in found.captures else (bias, None)
+    layer = Call(operator.getitem, (Call(lora_linear, (x, z, weight, inside, A, B, scale)), 0))
+    if outside is None:
+        return Match(aten.mul.Tensor, (layer, found["m"]), {node: 0}, found.interior, found.variant)
+    scaled = Call(aten.mul.Tensor, (layer, found["m"]))
+    return Match(aten.add.Tensor, (scaled, outside), {node: 0}, found.interior, found.variant)
 
 
 RECOGNISER = LoraLinear()

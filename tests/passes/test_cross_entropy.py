@@ -415,6 +415,7 @@ REASONS: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "probabilities": (lambda x, y: F.cross_entropy(x, torch.softmax(x.detach(), 1)), "probabilities"),
     "returned": (lambda x, y: (loss_of(x, y), x), 'returned as well; options={"logits": "drop"}'),
     "read": (lambda x, y: loss_of(x, y) + x.square().mean(), "read by square as well"),
+    "z-loss": (lambda x, y: loss_of(x, y) + 1e-4 * x.logsumexp(-1).square().mean(), "read by logsumexp as well"),
     "classes first": (lambda x, y: F.cross_entropy(x.transpose(1, 2), y), "have 3 dimensions"),
     "an adapter": (lambda x, y: loss_of(x + 0.1 * x[..., :1], y), "an adapter on the head"),
     "regrouped": (lambda x, y: loss_of(x.view(-1, VOCABULARY)[:-1], y.view(-1)[1:]), "rows were rearranged"),
@@ -434,6 +435,29 @@ def test_near_misses(loss: Callable[[Tensor, Tensor], Any], because: str) -> Non
         return loss(F.linear(hidden, weight), labels)
 
     assert_misses(RECOGNISER, function, *inputs(), because=because)
+
+
+def test_several_losses_of_one_graph() -> None:
+    """A loss per prediction depth, each through the head, and a router's loss beside them."""
+
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        next_token = plain(hidden, weight, labels)
+        second = loss_of(F.linear(hidden.tanh()[:, :-1], weight), labels[:, 1:].contiguous())
+        balance = torch.softmax(hidden[..., :4], -1).mean((0, 1)).square().sum()
+        return next_token + 0.3 * second + 0.01 * balance
+
+    assert_rewrites(RECOGNISER, function, *inputs(), to="linear_cross_entropy", variant="plain", count=2)
+
+
+def test_a_classification_and_a_masked_token_loss() -> None:
+    """Of a pooled token through a few classes; of the masked tokens through the vocabulary with a bias."""
+
+    def function(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        classes = F.cross_entropy(F.linear(hidden[:, -1], weight[:5]), labels[:, 0] % 5)
+        masked = labels.masked_fill(labels % 3 != 0, IGNORED)
+        return classes + with_bias(hidden, weight, masked)
+
+    assert_rewrites(RECOGNISER, function, *inputs(), to="linear_cross_entropy", variant="plain", count=2)
 
 
 def test_a_loss_in_bfloat16_is_refused() -> None:

@@ -18,8 +18,9 @@ from tests.passes.recognising import LENGTH, assert_misses, assert_rewrites, fin
 from tests.tracing import trace
 from unsloth.compiler.capture import retrace
 from unsloth.models import presets
+from unsloth.models.dora import make_dora_traceable
 from unsloth.passes.recognise.lora_linear import RECOGNISER
-from unsloth.passes.rewrite import Match
+from unsloth.passes.rewrite import Match, Miss
 from unsloth.passes.runner import PassReport, run_passes
 
 Function = Callable[..., Any]
@@ -212,12 +213,63 @@ def test_frozen_adapters_are_still_adapters() -> None:
     assert_rewrites(RECOGNISER, as_peft, x, weight, A.detach(), B.detach(), to="lora_linear")
 
 
-def test_dora_is_refused() -> None:
-    def dora(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+def dora(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+    base = linear(x, weight)
+    return base + ((magnitude - 1) * base + magnitude * linear(linear(x, A), B) * 2.0)
+
+
+def dora_with_bias(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor) -> Tensor:
+    base = linear(x, weight, bias)
+    return base + ((magnitude - 1) * (base - bias) + magnitude * linear(linear(x, A), B) * 2.0)
+
+
+def dora_with_a_magnified_bias(
+    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor
+) -> Tensor:
+    base = linear(x, weight, bias)
+    return base + ((magnitude - 1) * base + magnitude * linear(linear(x, A), B) * 2.0)
+
+
+def with_magnitude(function: Function, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    magnitude = (torch.rand(1, 40, dtype=dtype) + 0.5).requires_grad_()
+    return [*inputs(dtype=dtype), magnitude, *([] if function is dora else [torch.randn(40, dtype=dtype)])]
+
+
+@pytest.mark.parametrize("function", [dora, dora_with_bias, dora_with_a_magnified_bias])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_is_an_adapted_layer_times_its_magnitude(function: Function, dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    given = with_magnitude(function, dtype)
+    assert_rewrites(RECOGNISER, function, *given, to="lora_linear", variant="DoRA", tolerance=tolerance)
+
+
+def test_dora_with_a_magnitude_per_token_is_refused() -> None:
+    magnitude = torch.rand(2, LENGTH, 40, requires_grad=True)
+    assert_misses(RECOGNISER, dora, *inputs(), magnitude, because="not one value per feature")
+
+
+def test_dora_without_something_else_is_refused() -> None:
+    def less(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor) -> Tensor:
+        base = linear(x, weight)
+        return base + ((magnitude - 1) * (base - bias) + magnitude * linear(linear(x, A), B) * 2.0)
+
+    assert_misses(RECOGNISER, less, *with_magnitude(less), because="is not its bias")
+
+
+def test_dora_of_two_base_products_is_refused() -> None:
+    def dropped(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+        z = relu(x)  # as with dropout
+        return linear(x, weight) + ((magnitude - 1) * linear(z, weight) + magnitude * linear(linear(z, A), B) * 2.0)
+
+    (miss,) = find(RECOGNISER, dropped, *with_magnitude(dora))
+    assert isinstance(miss, Miss) and "not the same value twice" in miss.reason, miss
+
+
+def test_dora_of_another_sum_is_refused() -> None:
+    def once(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
         return (magnitude - 1) * linear(x, weight) + magnitude * linear(linear(x, A), B) * 2.0
 
-    magnitude = torch.randn(40, requires_grad=True)
-    assert_misses(RECOGNISER, dora, *inputs(), magnitude, because="scaled by a tensor, as in DoRA")
+    assert_misses(RECOGNISER, once, *with_magnitude(dora), because="scaled by a tensor")
 
 
 def test_a_learned_scale_is_refused() -> None:
@@ -360,6 +412,19 @@ def test_every_projection_is_found_with_the_gradients_of_every_adapter(
     assert median(chain(*our_errors)) <= 1.1 * median(chain(*eager_errors))
     for mine, theirs in zip(zip(*our_errors, strict=True), zip(*eager_errors, strict=True), strict=True):
         assert median(mine) <= 2 * median(theirs)
+
+
+@pytest.mark.parametrize(("regime", "tolerance"), [("float32", 1e-5), ("autocast", 5e-2)])
+def test_dora_of_peft_is_found_with_the_gradients_of_magnitudes(regime: str, tolerance: float) -> None:
+    make_dora_traceable()
+    dtype, autocast, drop = REGIMES[regime]
+    model, reports = adapted(dtype, autocast, drop, use_dora=True), []
+    ours = gradients(model, compiled(model, reports), autocast)
+    eager = gradients(model, model, autocast)
+    (report,) = reports
+    assert [site.detail for site in report.rewritten] == ["DoRA"] * PROJECTIONS and not report.missed
+    assert sum("magnitude" in name for name in ours) == PROJECTIONS
+    assert max(errors(ours, eager)) < tolerance
 
 
 def test_lengths_change() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from tests.tracing import trace
-from unsloth.passes.pattern import Found, Pattern, capture, cast, function, match, neg, number, widened
+from unsloth.passes.pattern import Found, Pattern, any_of, capture, cast, function, match, neg, number, widened
 from unsloth.passes.rewrite import Miss
 from unsloth.passes.search import search
 from unsloth.passes.vocabulary import cat, gelu, mean, rsqrt, silu, square, view
@@ -183,3 +183,12 @@ def test_shared_conversions_and_views_stay_outside() -> None:
     graph = trace(lambda a: -a.float(), low).graph
     ((_, whole),) = search(graph, {"it": -widened(x)}, heart=frozenset(), close=1)
     assert len(whole.interior) == 2
+
+
+def test_formulas_know_what_they_may_begin_with() -> None:
+    products = {aten.mul.Tensor, aten.mul.Scalar}
+    assert any_of([(x * y).where(lambda node, found: None)]) == products
+    assert any_of([x * y, capture("sum", x + y)]) == products | {aten.add.Tensor, aten.add.Scalar}
+    assert products < (any_of([cast(x * y)]) or set())
+    for anything in (x, cast(x), x | x * y, x[1:]):
+        assert any_of([x * y, anything]) is None

@@ -182,10 +182,23 @@ def test_what_follows_a_norm_without_weight_stays() -> None:
     def tempered(x: Tensor, factor: Tensor) -> Tensor:
         return without_weight(x) * factor
 
+    def gated_before(x: Tensor, gate: Tensor) -> Tensor:
+        return without_weight(x * torch.nn.functional.silu(gate))
+
     x, _ = inputs(torch.float32)
-    assert_rewrites(RECOGNISER, gated, x, torch.randn_like(x), to="rms_norm", variant="without weight")
+    for gating in (gated, gated_before):
+        assert_rewrites(RECOGNISER, gating, x, torch.randn_like(x), to="rms_norm", variant="without weight")
     factor = torch.randn(1, LENGTH, 1)
     assert_rewrites(RECOGNISER, tempered, x, factor, to="rms_norm", variant="without weight")
+
+
+def test_a_bias_is_added_to_the_norm() -> None:
+    def biased(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return weight * without_weight(x) + bias
+
+    x, weight = inputs(torch.float32)
+    bias = torch.randn_like(weight).requires_grad_()
+    assert_rewrites(RECOGNISER, biased, x, weight, bias, to="rms_norm", variant="round, then scale")
 
 
 def test_a_projection_scaled_by_the_norm_is_refused() -> None:
