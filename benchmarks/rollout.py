@@ -71,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         line += f"{row['first_run_s']:>9.1f}{memory[0]:>10}{memory[1]:>8}"
         if "greedy_is_argmax" in row:
             line += f"  {row['greedy_is_argmax']:.2%}, {row['greedy_is_generate']:.2%}; {row['log_p_off']:.4f};"
-            line += f" {row['stale_tokens']} of {row['tokens_after_update']}"
+            line += f" {row['stale_tokens']} of {row['tokens_that_tell']}"
         lines.append(line)
     return "\n".join(lines)
 

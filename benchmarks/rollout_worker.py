@@ -163,10 +163,12 @@ def checks(model: Any, work: Rollout, prompts: list[list[int]]) -> dict[str, Any
             p.div_(1.5)
     old, _ = by_training(model, work, prompts, later)
     stale = (later_log_p - new).abs() > (later_log_p - old).abs()
+    # Only where both weights differ by more than rounding does can it be told from which a token came.
+    telling = (new - old).abs() > 4 * (drawn_log_p - drawn_trained).abs().max()
     return {
         **found,
-        # A token of which both weights say the same is neither: only where they differ can it be told.
-        "stale_tokens": int((stale & ((new - old).abs() > 0.1)).sum()),
+        "stale_tokens": int((stale & telling).sum()),
+        "tokens_that_tell": int(telling.sum()),
         "tokens_after_update": later.numel(),
         "log_p_off_after_update": float((later_log_p - new).abs().mean()),
     }
