@@ -98,6 +98,7 @@ def small_model(hidden: int = 96, layers: int = 2, seed: int = 0) -> tuple[Any, 
         num_attention_heads=4,
         image_size=SIDE,
         patch_size=PATCH,
+        initializer_range=hidden**-0.5,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -107,6 +108,7 @@ def small_model(hidden: int = 96, layers: int = 2, seed: int = 0) -> tuple[Any, 
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=hidden**-0.5,  # the default is for models that are a hundred times as wide
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -236,7 +238,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--model", help="a checkpoint that takes images, for LoRA (default: a small random model)")
     found.add_argument("--folder", type=Path, default=FOLDER, help=f"for results (default {FOLDER})")
-    found.add_argument("--steps", type=int, default=600, help="optimiser steps (default 600)")
+    found.add_argument("--steps", type=int, default=400, help="optimiser steps (default 400)")
     found.add_argument("--batch", type=int, default=32, help="questions a step (default 32)")
     found.add_argument("--learning-rate", type=float, help="its peak (default 2e-3, and 2e-4 for a checkpoint)")
     found.add_argument("--held-out", type=int, default=297, help="digits (default 297)")
@@ -264,7 +266,7 @@ def main() -> None:
     (given.folder / "accuracy.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     reached, seconds = held_out[given.steps], time.perf_counter() - started
     print(f"held-out digits read right: {held_out[0]:.1%} before, {reached:.1%} after, {seconds:.0f} s; {picture}")
-    if given.steps >= 600 and reached < LEAST_ACCURACY:
+    if given.steps >= 400 and reached < LEAST_ACCURACY:
         raise SystemExit(f"it should be {LEAST_ACCURACY:.0%}: see above")
 
 

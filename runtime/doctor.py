@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # to import datasets takes longer than to ask all rules
 
     from .config import TrainConfig
     from .data import Data, Preview
+    from .vision import VisionCollator
 
 
 class DoctorError(ValueError):
@@ -241,12 +242,19 @@ def _run(config: TrainConfig, dtype: str | None = None) -> Run:
     )
 
 
-def before_training(trainer: Any, tokenizer: Any, data: Data, config: TrainConfig) -> Diagnosis:
-    """Ask the cheap rules about a run that is about to begin: those that run no model."""
+def before_training(
+    trainer: Any, tokenizer: Any, data: Data, config: TrainConfig, collator: VisionCollator | None = None
+) -> Diagnosis:
+    """Ask the cheap rules about a run that is about to begin: those that run no model.
+
+    Args:
+        collator: makes the rows where these are not tokens yet, because they have images.
+    """
     subject = of_loaded(trainer.model, tokenizer, name=config.model_name_or_path)
     subject.written = _written(config)
     subject.run = _run(config, "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else config.dtype)
-    subject.rows = _prepared(trainer.train_dataset, data)
+    made = trainer.train_dataset
+    subject.rows = _prepared(made, data) if collator is None else _with_images(made, data, collator)
     return diagnose(subject, only=lambda rule: rule.cheap)
 
 
@@ -262,6 +270,16 @@ def _prepared(made: Any, data: Data) -> list[Row]:
         name = data.row_name(index) if in_order else f"row {index + 1}"
         messages = data.rows[index].get("messages") or () if in_order else ()
         found += [Row(name, ids, labels, messages=messages) for _, ids, labels in responses.learnt(dict(row))]
+    return found
+
+
+def _with_images(rows: Any, data: Data, collator: VisionCollator) -> list[Row]:
+    from .vision_data import first_row
+
+    found = []
+    for index, row in zip(range(responses.CHECKED), rows, strict=False):
+        made = first_row(collator, row)
+        found.append(Row(data.row_name(index), made["input_ids"], made["labels"]))
     return found
 
 

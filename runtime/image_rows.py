@@ -84,7 +84,8 @@ def detect_images(
     chat = next((c for c in CHATS if c in others and templates.prompt is None), None)
     if chat is not None:
         used = (*((column,) if column else ()), chat)
-        return Shape("conversations with images", used, _keeping(lambda row: gathered(row, chat, column), rules))
+        keeping = _keeping(lambda row: gathered(row, chat, column), rules)
+        return Shape("conversations with images", used, keeping, images=True)
     assert column is not None
     try:
         texts = detect(name, others, sample, templates=templates, text_field=text_field)
@@ -94,7 +95,8 @@ def detect_images(
             raise
         texts = Shape("text", (said,), lambda row: {"text": _required_text(row, said)})
     shape = "an image and its text" if texts.name in ("text", "plain text") else f"an image, {texts.name}"
-    return Shape(shape, (column, *texts.columns), _keeping(lambda row: _about(row, column, texts), rules))
+    keeping = _keeping(lambda row: _about(row, column, texts), rules)
+    return Shape(shape, (column, *texts.columns), keeping, images=True)
 
 
 def gathered(row: Row, chat: str = "messages", column: str | None = None) -> tuple[dict[str, Any], list[Any]]:

@@ -266,7 +266,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
         step = super().training_step
-        if self._plain_loss and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
+        # How the pixels of a batch belong to its rows is the model's own affair: neither cut nor recorded.
+        images = any(name.startswith(("pixel", "image")) for name in inputs)
+        if self._plain_loss and not images and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share
