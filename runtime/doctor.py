@@ -216,15 +216,22 @@ def _ended(tokenizer: Any, text: str) -> str:
 # -- before training ---------------------------------------------------------------------------------------------------
 
 
-def before_loading(tokenizer: Any, data: Preview, config: TrainConfig) -> Diagnosis:
+def before_loading(
+    tokenizer: Any, data: Preview, config: TrainConfig, collator: VisionCollator | None = None
+) -> Diagnosis:
     """Ask what can be asked of a run without its weights: its files, and the first rows of its data.
+
+    Args:
+        collator: of rows that have images.
 
     Raises:
         ModelError, DataError: when they cannot be read.
     """
     subject = read(config.model_name_or_path, weights=False, gguf_file=config.gguf_file, tokenizer=tokenizer)
     subject.run = _run(config)
-    if data.shape is not None:
+    if collator is not None:
+        subject.rows = _with_images(data.rows, data, collator)
+    elif data.shape is not None:
         masked = bool(config.trainer.get("assistant_only_loss")) and "messages" in (data.first or {})
         subject.rows = _made(tokenizer, data.name, data.shape, zip(data.numbers, data.rows, strict=True), masked)
     return diagnose(subject, only=lambda rule: rule.cheap)
@@ -273,14 +280,16 @@ def _prepared(made: Any, data: Data) -> list[Row]:
     return found
 
 
-def _with_images(rows: Any, data: Data, collator: VisionCollator) -> list[Row]:
+def _with_images(rows: Any, data: Data | Preview, collator: VisionCollator) -> list[Row]:
+    from .data import Data
     from .vision_data import first_row
 
-    found = []
+    found: dict[tuple[int, ...], Row] = {}  # two that differ in their images alone are no repetition
     for index, row in zip(range(responses.CHECKED), rows, strict=False):
         made = first_row(collator, row)
-        found.append(Row(data.row_name(index), made["input_ids"], made["labels"]))
-    return found
+        name = data.row_name(index) if isinstance(data, Data) else f"{data.name}:{data.numbers[index]}"
+        found.setdefault(tuple(made["input_ids"]), Row(name, made["input_ids"], made["labels"]))
+    return [*found.values()]
 
 
 def _written(config: TrainConfig) -> Mapping[str, Any]:

@@ -84,6 +84,8 @@ class TrainResult:
             lines += [f"before      {self.answers[0]}", f"after       {self.answers[1]}"]
         lines.append(f"saved       {self.output_dir}  (curve: {self.output_dir / 'loss.png'})")
         call = "PeftModel.from_pretrained(base_model, " if self.is_adapter else "AutoModelForCausalLM.from_pretrained("
+        if self.record.get("images"):
+            call = call.replace("CausalLM", "ImageTextToText")
         lines.append(f'load        {call}"{self.output_dir}")')
         return "\n".join(lines)
 
@@ -114,9 +116,10 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
     device = torch.device("cuda" if torch.cuda.is_available() and not config.trainer.get("use_cpu") else "cpu")
     template = None if config.chat_template is None else chat_template(config.chat_template)
     has_template = template is not None or "chat_template_path" in config.trainer
-    images = any(each.has_images for each in data)
+    of_images = next((each.name for each in data if each.has_images), None)
+    images = of_images is not None
     with console.status(f"loading {config.model_name_or_path}"):
-        processor = processor_for(config, data, template) if images else None
+        processor = processor_for(config, of_images, template) if of_images is not None else None
         tokenizer = (
             processor.tokenizer
             if processor is not None

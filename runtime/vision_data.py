@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..models.processor import load_processor
 from .images import ImageRules
 from .problems import BadRow, DataError
-from .vision import VisionCollator
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch and transformers take longer to import than a dry run
     from .config import TrainConfig
     from .data import Data
+    from .vision import VisionCollator
 
 
-def processor_for(config: TrainConfig, data: Sequence[Data], template: str | None) -> Any:
+def processor_for(config: TrainConfig, name: str, template: str | None) -> Any:
     """The processor of a run's model.
+
+    Args:
+        name: of the data with images.
+        template: instead of its own.
 
     Raises:
         ModelError: when there is none, or none that can be loaded.
         DataError: when the method is not for images.
     """
-    name = next(each.name for each in data if each.has_images)
+    from ..models.processor import load_processor
+
     if config.method != "sft":
         raise DataError(f"the rows of {name!r} have images, which method {config.method} does not train on")
     processor: Any = load_processor(
         config.model_name_or_path,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
-        require_chat_template=template is None,
+        require_chat_template=template is None and "chat_template_path" not in config.trainer,
     )
     if template is not None:
         processor.chat_template = processor.tokenizer.chat_template = template
@@ -39,6 +43,8 @@ def processor_for(config: TrainConfig, data: Sequence[Data], template: str | Non
 
 def collator_for(config: TrainConfig, processor: Any) -> VisionCollator:
     """What makes batches of a run's rows. Their images are in the rows already, and may be what they may be."""
+    from .vision import VisionCollator
+
     return VisionCollator(
         processor,
         max_length=config.max_length,
