@@ -58,7 +58,9 @@ def sweep(
     for name in types:
         waiting.put(name)
     rows: dict[str, Row] = {}
-    threads = [threading.Thread(target=_drain, args=(waiting, rows, limit, len(types), lowering, family)) for _ in range(jobs)]
+    threads = [
+        threading.Thread(target=_drain, args=(waiting, rows, limit, len(types), lowering, family)) for _ in range(jobs)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

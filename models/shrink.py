@@ -120,7 +120,7 @@ _NOISE = re.compile(r"\w*(drop|jitter)\w*")
 # What a default configuration may leave open although its model wants a number.
 _OPEN = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
 _OPEN |= {"image_token_id": ORDINARY_TOKENS.stop, "image_token_index": ORDINARY_TOKENS.stop}
-_OPEN |= { "num_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_OPEN |= {"num_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 
 
 @dataclass(frozen=True)
