@@ -4,8 +4,9 @@
                                [--out docs/architectures.md] [--json results.json]
 
 A tiny random model of each type (``models/shrink.py``), of causal language models and of those from images and text to
-text (``benchmarks/pictures.py`` makes their batches), takes one step in eager and one compiled by our backend under ``strict`` and eager lowering; the loss and every gradient are compared. The models run in
-worker processes (``benchmarks/sweep_worker.py``) that are replaced when one dies or exceeds its time.
+text (``benchmarks/pictures.py`` makes their batches), takes one step in eager and one compiled by our backend under
+``strict`` and eager lowering; the loss and every gradient are compared. The models run in worker processes
+(``benchmarks/sweep_worker.py``) that are replaced when one dies or exceeds its time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tiny images for tiny models: rules for the fields that say how large an image is and how it is cut.
 
-Beside ``models/shrink.py``, whose rules are about widths and layers. Here a field depends on its neighbours (a window is
-some patches wide) and on other parts of the configuration (a tower ends in the text's width).
+Beside ``models/shrink.py``, whose rules are about widths and layers. Here a field depends on its neighbours (a window
+is some patches wide) and on other parts of the configuration (a tower ends in the text's width).
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Pictures:
             return max(1, self.side // 2) ** 2
         if name.endswith("grid_pinpoints"):
             return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
-        if name == "vision_output_dim" and (indices := fields.get("intermediate_layers_indices")):
+        if name == "vision_output_dim" and isinstance(
+            indices := fields.get("intermediate_layers_indices"), (list, tuple)
+        ):
             return self.text_width * (1 + sum(layer in kept for layer in indices))  # towers end as wide as the text
         if name == "initializer_range" and isinstance(value, float) and value < _VISIBLE:
             return 0.02  # else what images contribute is below the loss's precision
