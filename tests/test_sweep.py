@@ -145,7 +145,7 @@ def test_workers_that_die_or_take_too_long_are_replaced(monkeypatch: pytest.Monk
     class Worker:
         started = 0
 
-        def __init__(self, lowering: str) -> None:
+        def __init__(self, lowering: str, family: str) -> None:
             Worker.started += 1
             self.served = 0
 
