@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class ImageShapes:
         inner = getattr(model, "model", None)
         self.owner = inner if hasattr(inner, "get_image_features") else model
         self.tower: Any = getattr(getattr(model, "config", None), "vision_config", None)
-        self.checked = False
+        self.checked = self.called = False
         self.outside = True
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +96,11 @@ class ImageShapes:
                 self.checked = True
             if self.outside:
                 ready |= values | self._positions(batch)
+        elif "pixel_values" in batch and not self.called:
+            # transformers hooks a tower's layers at its first call, under a lock that no graph can hold.
+            self.called = True
+            with suppress(Exception):
+                self._features(batch)
         for name, dims in _VARYING.items():
             if isinstance(found := ready.get(name), Tensor):
                 torch._dynamo.maybe_mark_dynamic(found, [d % found.dim() for d in dims if d < found.dim()])

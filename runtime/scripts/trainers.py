@@ -57,7 +57,7 @@ class _OldNames(_Base):
         config = self._arguments(given.get("args"), settings)
         model = given.pop("model")
         self._suit(config, model, settings)
-        collator = given.get("data_collator")
+        collator: Any = given.get("data_collator")
         of_images = hasattr(collator, "dataset")
         if of_images:
             config.remove_unused_columns = False  # it makes all that the model is given

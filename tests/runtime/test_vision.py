@@ -185,6 +185,7 @@ def test_a_script(vlm, tmp_path, four_bits):  # noqa: F811
     learning = {name for name, p in model.named_parameters() if "lora_B" in name and p.any()}  # they start at zero
     assert any("vision_tower" in name for name in learning) is not four_bits
     assert any("language_model" in name for name in learning)
+    assert not four_bits or "1 graph, 0 breaks" in str(trainer.explanation)
     FastVisionModel.for_inference(model)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "<image>Which?"}], add_generation_prompt=True)
     inputs = tokenizer(picture(), text, add_special_tokens=False, return_tensors="pt")
