@@ -72,7 +72,7 @@ def dry_run(config: TrainConfig) -> DryRun:
     model = attempt("model_name_or_path", lambda: _model(config))
     tokenizer = model and attempt("model_name_or_path", lambda: _tokenizer(config, data[0]))
     collator = None
-    if tokenizer is not None and data[0].shape is not None and data[0].shape.images:
+    if not problems and tokenizer is not None and data[0].shape is not None and data[0].shape.images:
         collator = attempt("model_name_or_path", lambda: collator_for(config, tokenizer))
         tokenizer = tokenizer.tokenizer
     if problems:

@@ -24,7 +24,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .problems import BadRow, kind, shown
 
-SUFFIXES = tuple(sorted(Image.registered_extensions()))
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"),
+    *(".pgm", ".tga", ".ico", ".mpo"),
+)
+"""Of names that are taken for those of images, in columns whose names allow it. To ask PIL loads all of its readers."""
 URL_SECONDS, URL_BYTES = 20, 50 * 2**20
 """For an answer, and of it, where URLs are fetched."""
 

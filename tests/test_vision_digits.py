@@ -9,12 +9,14 @@ import pytest
 
 pytest.importorskip("sklearn", reason="pip install scikit-learn")
 
-from examples import vision_digits as example  # noqa: E402
+from examples import vision_digits as example
 
 
 def test_held_out_digits_are_not_trained_on() -> None:
     trained, held_out = example.digits(297, seed=0)
-    assert len(trained) == 1500 and len(held_out) == 297 and not {d.image for d in trained} & {d.image for d in held_out}
+    assert (
+        len(trained) == 1500 and len(held_out) == 297 and not {d.image for d in trained} & {d.image for d in held_out}
+    )
     assert {d.value for d in held_out} == set(range(10))
     assert example.digits(297, seed=0) == (trained, held_out) != example.digits(297, seed=1)
 
