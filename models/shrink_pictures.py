@@ -12,7 +12,7 @@ from typing import Any
 
 _UNDECIDED = object()
 _VISIBLE = 1e-3  # standard deviation of weights, below which a tower's output is lost in rounding
-_TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size")
+_TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size|projection_dim")
 _FEATURES = re.compile(r"(\w+_)?feature_layers?|insert_layer_id|spatial_vision_layer")
 
 
