@@ -50,10 +50,9 @@ class Pictures:
             return max(1, self.side // 2) ** 2
         if name.endswith("grid_pinpoints"):
             return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
-        if name == "vision_output_dim" and isinstance(
-            indices := fields.get("intermediate_layers_indices"), (list, tuple)
-        ):
-            return self.text_width * (1 + sum(layer in kept for layer in indices))  # towers end as wide as the text
+        stages = fields.get("intermediate_layers_indices")
+        if name == "vision_output_dim" and isinstance(stages, (list, tuple)):
+            return self.text_width * (1 + sum(layer in kept for layer in stages))  # towers end as wide as the text
         if name == "initializer_range" and isinstance(value, float) and value < _VISIBLE:
             return 0.02  # else what images contribute is below the loss's precision
         if name.endswith("patch_to_query_dict") and isinstance(value, dict):
