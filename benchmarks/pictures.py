@@ -83,6 +83,13 @@ def _grid_of_images(p: Pictures, names: set[str]) -> Batch | None:
     return batch | {"pixel_values": p.pixels(32 * p.rows, p.channels, p.patch, p.patch)}
 
 
+def _grid_of_images_in_a_row(p: Pictures, names: set[str]) -> Batch | None:
+    """As above, in a batch of one row (PaddleOCR-VL)."""
+    if (batch := _grid_of_images(p, names)) is None:
+        return None
+    return batch | {"pixel_values": batch["pixel_values"][None]}
+
+
 def _patches(p: Pictures, names: set[str]) -> Batch | None:
     """Each image's patches, padded to a common number (SigLIP 2)."""
     if "spatial_shapes" not in names:
@@ -161,8 +168,8 @@ def _images_of_rows(p: Pictures, names: set[str]) -> Batch | None:
 
 
 def _crops_of_rows(p: Pictures, names: set[str]) -> Batch | None:
-    """For each row the whole image and what it was cut into, which is one piece here (LLaVA-NeXT)."""
-    return _beside(p, names, p.pixels(p.rows, 2, p.channels, p.side, p.side))
+    """For each row the whole image and what it was cut into, which is two pieces here (LLaVA-NeXT)."""
+    return _beside(p, names, p.pixels(p.rows, 3, p.channels, p.side, p.side))
 
 
 def _frames_of_rows(p: Pictures, names: set[str]) -> Batch | None:
@@ -187,8 +194,9 @@ def _beside(p: Pictures, names: set[str], pixels: Tensor) -> Batch | None:
 
 
 _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
-    _grid, _grid_of_one_frame, _grid_of_images, _patches, _numbered_patches, _placed_patches, _packed_strips, _tiles,
-    _tiles_of_rows, _images, _images_without_sizes, _images_of_rows, _crops_of_rows, _frames_of_rows, _patches_of_rows,
+    _grid, _grid_of_one_frame, _grid_of_images, _grid_of_images_in_a_row, _patches, _numbered_patches, _placed_patches,
+    _packed_strips, _tiles, _tiles_of_rows, _images, _images_without_sizes, _images_of_rows, _crops_of_rows,
+    _frames_of_rows, _patches_of_rows,
 )  # fmt: skip
 
 
@@ -244,7 +252,7 @@ def image_token(config: Any) -> int | None:
 
 def _tokens_of_images(model: Any, images: Batch, rows: int) -> list[int]:
     """How many tokens each row's image stands for."""
-    owner = next((m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")), None)
+    owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
     if owner is None or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
         return [1] * rows
     takes = set(inspect.signature(owner.get_image_features).parameters)

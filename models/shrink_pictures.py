@@ -42,14 +42,14 @@ class Pictures:
 
     def _field(self, name: str, value: Any, fields: dict[str, Any], kept: list[int]) -> Any:
         patch = _first(fields.get("patch_size"))
+        if name.endswith("grid_pinpoints"):
+            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
         if name == "image_size" and value and patch:
             return _each(value, lambda size: min(size, self.side * patch))
         if name == "window_size" and patch and isinstance(value, int) and value % patch == 0:
             return 2 * (fields.get("spatial_merge_size") or 1) * patch
         if name == "mm_tokens_per_image":
             return max(1, self.side // 2) ** 2
-        if name.endswith("grid_pinpoints"):
-            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
         stages = fields.get("intermediate_layers_indices")
         if name == "vision_output_dim" and isinstance(stages, (list, tuple)):
             return self.text_width * (1 + sum(layer in kept for layer in stages))  # towers end as wide as the text
@@ -59,6 +59,8 @@ class Pictures:
             return {self.side**2: 4}
         if name == "base_channels":
             return min(value, 32)  # the groups of a group norm
+        if name == "patch_embed_hidden_size":
+            return value  # numbers of a flattened patch
         if name == "index_kpool":
             return min(value, 2)
         if _TO_TEXT.fullmatch(name) and isinstance(value, int):
