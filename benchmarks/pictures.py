@@ -83,6 +83,13 @@ def _grid_of_images(p: Pictures, names: set[str]) -> Batch | None:
     return batch | {"pixel_values": p.pixels(32 * p.rows, p.channels, p.patch, p.patch)}
 
 
+def _grid_of_images_in_a_row(p: Pictures, names: set[str]) -> Batch | None:
+    """As above, in a batch of one row (PaddleOCR-VL)."""
+    if (batch := _grid_of_images(p, names)) is None:
+        return None
+    return batch | {"pixel_values": batch["pixel_values"][None]}
+
+
 def _patches(p: Pictures, names: set[str]) -> Batch | None:
     """Each image's patches, padded to a common number (SigLIP 2)."""
     if "spatial_shapes" not in names:
@@ -137,6 +144,14 @@ def _tiles(p: Pictures, names: set[str]) -> Batch | None:
     }
 
 
+def _tiles_of_rows(p: Pictures, names: set[str]) -> Batch | None:
+    """A list of tiles for each row, and which of them are real (Granite Docling)."""
+    if "tile_fine_mask" not in names:
+        return None
+    pixels = p.pixels(p.rows, 1, p.channels, p.side, p.side)
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(p.rows, 1, dtype=torch.bool)}
+
+
 def _images(p: Pictures, names: set[str]) -> Batch | None:
     """An image for each row."""
     return _beside(p, names, p.pixels(p.rows, p.channels, p.side, p.side))
@@ -153,8 +168,13 @@ def _images_of_rows(p: Pictures, names: set[str]) -> Batch | None:
 
 
 def _crops_of_rows(p: Pictures, names: set[str]) -> Batch | None:
-    """For each row the whole image and what it was cut into, which is one piece here (LLaVA-NeXT)."""
-    return _beside(p, names, p.pixels(p.rows, 2, p.channels, p.side, p.side))
+    """For each row the whole image and what it was cut into, which is two pieces here (LLaVA-NeXT)."""
+    return _beside(p, names, p.pixels(p.rows, 3, p.channels, p.side, p.side))
+
+
+def _frames_of_rows(p: Pictures, names: set[str]) -> Batch | None:
+    """For each row the four frames of a video (InstructBLIP Video)."""
+    return _beside(p, names, p.pixels(p.rows, 4, p.channels, p.side, p.side))
 
 
 def _beside(p: Pictures, names: set[str], pixels: Tensor) -> Batch | None:
@@ -174,9 +194,9 @@ def _beside(p: Pictures, names: set[str], pixels: Tensor) -> Batch | None:
 
 
 _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
-    _grid, _grid_of_one_frame, _grid_of_images, _patches, _numbered_patches, _placed_patches, _packed_strips, _tiles,
-    _images, _images_without_sizes, _images_of_rows, _crops_of_rows,
-    _patches_of_rows,
+    _grid, _grid_of_one_frame, _grid_of_images, _grid_of_images_in_a_row, _patches, _numbered_patches, _placed_patches,
+    _packed_strips, _tiles, _tiles_of_rows, _images, _images_without_sizes, _images_of_rows, _crops_of_rows,
+    _frames_of_rows, _patches_of_rows,
 )  # fmt: skip
 
 
@@ -186,7 +206,8 @@ _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
 def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     """The batch: in each row some text, the image's tokens, and more text."""
     token = image_token(model.config)
-    lengths = _tokens_of_images(model, images, rows) if token is not None else [0] * rows
+    marked = token is not None or "image_embeds_position_mask" in names
+    lengths = _tokens_of_images(model, images, rows) if marked else [0] * rows
     generator = torch.Generator().manual_seed(0)
     width = TEXT + max(lengths)
     ids = torch.randint(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, (rows, width), generator=generator)
@@ -205,21 +226,19 @@ def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     if "aspect_ratio_ids" in images:
         batch["cross_attention_mask"] = (~place)[:, :, None, None] & images["aspect_ratio_mask"].bool()[:, None]
         batch["cross_attention_mask"] = batch["cross_attention_mask"].long()
-    for name in ("qformer_input_ids",):
-        if name in names:
-            batch[name] = ids[:, :_BEFORE].clamp(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop - 1)
+    if "qformer_input_ids" in names:
+        batch["qformer_input_ids"] = ids[:, :_BEFORE]  # they come before the image
     return batch
 
 
 _PER_TOKEN: dict[str, Callable[[Tensor], Tensor]] = {
-    "attention_mask": torch.ones_like,
+    "attention_mask": lambda place: place.new_ones(place.shape, dtype=torch.long),
     "mm_token_type_ids": lambda place: place.int(),
     "moe_mm_token_type_ids": lambda place: place.int(),
     "token_type_ids": lambda place: place.long(),
     "image_embeds_position_mask": lambda place: place,
     "bbox": lambda place: place.new_zeros((*place.shape, 4), dtype=torch.long),
 }
-_PER_TOKEN["attention_mask"] = lambda place: torch.ones_like(place, dtype=torch.long)
 
 
 def image_token(config: Any) -> int | None:
@@ -233,7 +252,7 @@ def image_token(config: Any) -> int | None:
 
 def _tokens_of_images(model: Any, images: Batch, rows: int) -> list[int]:
     """How many tokens each row's image stands for."""
-    owner = next((m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")), None)
+    owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
     if owner is None or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
         return [1] * rows
     takes = set(inspect.signature(owner.get_image_features).parameters)

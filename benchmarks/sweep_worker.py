@@ -114,12 +114,7 @@ def runnable(name: str, family: str = "text") -> tuple[Any, dict[str, Any], Step
                 return model, batch, eager
             except Exception as error:  # noqa: BLE001  or the next layout of the images
                 failed.append(error)
-    raise telling(failed)
-
-
-def telling(failed: list[Exception]) -> Exception:
-    """The reason to show: the first one, of those that came from the model and not from a batch it never wanted."""
-    return failed[0]
+    raise failed[0] if failed else ValueError("its forward takes no images")
 
 
 def looks(model: Any, batch: dict[str, Any], eager: Step) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 _UNDECIDED = object()
 _VISIBLE = 1e-3  # standard deviation of weights, below which a tower's output is lost in rounding
-_TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size")
+_TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size|projection_dim")
 _FEATURES = re.compile(r"(\w+_)?feature_layers?|insert_layer_id|spatial_vision_layer")
 
 
@@ -42,24 +42,25 @@ class Pictures:
 
     def _field(self, name: str, value: Any, fields: dict[str, Any], kept: list[int]) -> Any:
         patch = _first(fields.get("patch_size"))
+        if name.endswith("grid_pinpoints"):
+            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
         if name == "image_size" and value and patch:
             return _each(value, lambda size: min(size, self.side * patch))
         if name == "window_size" and patch and isinstance(value, int) and value % patch == 0:
             return 2 * (fields.get("spatial_merge_size") or 1) * patch
         if name == "mm_tokens_per_image":
             return max(1, self.side // 2) ** 2
-        if name.endswith("grid_pinpoints"):
-            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
-        if name == "vision_output_dim" and isinstance(
-            indices := fields.get("intermediate_layers_indices"), (list, tuple)
-        ):
-            return self.text_width * (1 + sum(layer in kept for layer in indices))  # towers end as wide as the text
+        stages = fields.get("intermediate_layers_indices")
+        if name == "vision_output_dim" and isinstance(stages, (list, tuple)):
+            return self.text_width * (1 + sum(layer in kept for layer in stages))  # towers end as wide as the text
         if name == "initializer_range" and isinstance(value, float) and value < _VISIBLE:
             return 0.02  # else what images contribute is below the loss's precision
         if name.endswith("patch_to_query_dict") and isinstance(value, dict):
             return {self.side**2: 4}
         if name == "base_channels":
             return min(value, 32)  # the groups of a group norm
+        if name == "patch_embed_hidden_size":
+            return value  # numbers of a flattened patch
         if name == "index_kpool":
             return min(value, 2)
         if _TO_TEXT.fullmatch(name) and isinstance(value, int):

@@ -6,6 +6,7 @@ The rewritten graph is run on fake tensors with autograd on, so both questions a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -149,7 +150,10 @@ class _Checking(_Running):
 def _outputs(gm: fx.GraphModule, interpreter: type[fx.Interpreter] = _Checking) -> list[Output]:
     """Run a graph on its fake inputs in the ambient grad mode."""
     inputs = _inputs(gm)
-    with fake_execution(inputs):
+    environment = next((e for e in map(_shape_env, inputs) if e is not None), None)
+    # What this run names anew is forgotten; it may not wait for a tracer to bind it.
+    unnoticed = nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols()
+    with fake_execution(inputs), unnoticed:
         values = pytree.tree_leaves(interpreter(gm, garbage_collect_values=False).run(*inputs))
     return [Output(*pair) for pair in zip(values, reachable_inputs(values, inputs), strict=True)]
 
