@@ -19,7 +19,7 @@ help:
 	@echo "make check     lint, formatting, types and layering"
 	@echo "make demo      fine-tune SmolLM2-135M on questions about Python, on any machine"
 	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"
-	@echo "make sweep     compile a tiny model of every architecture and write docs/architectures.md"
+	@echo "make sweep     compile a tiny model of every architecture and write docs/architectures.md (SWEEP='--family vision')"
 	@echo "make sweep-inductor  the twelve that differ most, through Inductor"
 	@echo "make clean     remove .venv and what was built"
 
@@ -57,7 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
 sweep: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --jobs $(JOBS) $(SWEEP)
 
 sweep-inductor: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweep --sample --lowering inductor --jobs $(JOBS)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .runtime.scripts.responses_only import train_on_responses_only
     from .runtime.scripts.trainers import UnslothTrainer, UnslothTrainingArguments, unsloth_train
+    from .runtime.scripts.vision import FastVisionModel, UnslothVisionDataCollator
     from .runtime.trainer import SFTTrainer
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Explanation",
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "GRPOTrainer",
     "MemoryPlan",
     "ORPOTrainer",
@@ -43,6 +45,7 @@ __all__ = [
     "SFTTrainer",
     "UnslothTrainer",
     "UnslothTrainingArguments",
+    "UnslothVisionDataCollator",
     "Verification",
     "doctor",
     "explain",
@@ -84,6 +87,7 @@ _HOMES = {
         ("UnslothTrainer", "UnslothTrainingArguments", "unsloth_train"),
         ".runtime.scripts.trainers",
     ),
+    **dict.fromkeys(("FastVisionModel", "UnslothVisionDataCollator"), ".runtime.scripts.vision"),
     "verify": ".compiler.verify",
     "Verification": ".compiler.verify",
 }

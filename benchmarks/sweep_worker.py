@@ -9,6 +9,8 @@ import warnings
 from importlib.metadata import version
 from typing import Any
 
+from .pictures import batches
+
 BATCH, LENGTH = 2, 17
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 _NOTHING = 1e-7  # of the largest gradient's norm: a difference as small is rounding noise around zero
@@ -24,12 +26,19 @@ def causal_types() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def image_types() -> list[str]:
+    """The types that transformers' auto class knows as models from images and text to text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return list(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
 def versions() -> dict[str, str]:
     """What the results hold for."""
     return {name: version(name) for name in ("torch", "transformers")}
 
 
-def serve(pipe: Any, lowering: str = "eager") -> None:
+def serve(pipe: Any, lowering: str = "eager", family: str = "text") -> None:
     """Answer each type's name that comes through the pipe with its row, until the other end closes it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what models say when they are built is nobody's concern here
     import torch
@@ -46,13 +55,14 @@ def serve(pipe: Any, lowering: str = "eager") -> None:
             name = pipe.recv()
         except EOFError:
             return
-        pipe.send(examine(name, lowering))
+        pipe.send(examine(name, lowering, family))
 
 
-def examine(name: str, lowering: str = "eager") -> Row:
+def examine(name: str, lowering: str = "eager", family: str = "text") -> Row:
     """One type's row.
 
     Args:
+        family: "text" for the type's causal language model, "vision" for its model from images and text to text.
         lowering: the backend's option: "eager" takes a second or two, "inductor" half a minute.
 
     Returns:
@@ -62,7 +72,7 @@ def examine(name: str, lowering: str = "eager") -> Row:
         FLOPs and bytes), both counted without the matcher, and ``misses`` (distinct reasons, of graph breaks too).
     """
     try:
-        model, batch, eager = runnable(name)
+        model, batch, eager = runnable(name, family)
     except Exception as error:  # noqa: BLE001  whatever eager raises is the answer
         return {"type": name, "status": "eager cannot run", "reason": describe(error)}
     if difference := compare(step(model, model, batch), eager):
@@ -78,7 +88,7 @@ def examine(name: str, lowering: str = "eager") -> Row:
     return row
 
 
-def runnable(name: str) -> tuple[Any, dict[str, Any], Step]:
+def runnable(name: str, family: str = "text") -> tuple[Any, dict[str, Any], Step]:
     """A tiny model that eager can run, its batch, and eager's step.
 
     Raises:
@@ -89,23 +99,46 @@ def runnable(name: str) -> tuple[Any, dict[str, Any], Step]:
     from unsloth.models.shrink import ways
 
     failed: list[Exception] = []
-    for config in ways(CONFIG_MAPPING[name]()):
+    for config in ways(CONFIG_MAPPING[name](), pictures=family == "vision"):
         try:
-            model = build(config)
-            batch = tokens()
-            return model, batch, finite(step(model, model, batch))
+            model = build(config, family)
         except Exception as error:  # noqa: BLE001  the next way may suit this architecture
             failed.append(error)
-    raise failed[0]
+            continue
+        for make in batches(model, BATCH) if family == "vision" else (tokens,):
+            try:
+                batch = make()
+                eager = finite(step(model, model, batch))
+                if family == "vision":
+                    looks(model, batch, eager)
+                return model, batch, eager
+            except Exception as error:  # noqa: BLE001  or the next layout of the images
+                failed.append(error)
+    raise failed[0] if failed else ValueError("its forward takes no images")
 
 
-def build(config: Any) -> Any:
+def looks(model: Any, batch: dict[str, Any], eager: Step) -> None:
+    """See to it that the loss depends on the images.
+
+    Raises:
+        ValueError: when it does not, and the step would be one of text alone.
+    """
+    import torch
+
+    pixels = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    others = {k: v.flip(-1) if k != "flattened_patches" else v * 1.5 for k, v in pixels.items()}
+    if step(model, model, {**batch, **others})[0] == eager[0]:
+        raise ValueError("the loss does not depend on the images")
+
+
+def build(config: Any, family: str = "text") -> Any:
     """The model with random weights; norms and biases, which start at one and zero, get noise as well."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto = AutoModelForImageTextToText if family == "vision" else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() <= 1 or not parameter.any():

@@ -71,6 +71,11 @@ def compile_graph(
         observe: called with the graph's report once its passes have run.
     """
     report = GraphReport()
+    if not any(isinstance(n.meta.get("example_value"), torch.Tensor) for n in gm.graph.find_nodes(op="placeholder")):
+        # Between two graph breaks there may be only arithmetic on sizes: nothing to recognise, and no gradient.
+        if observe is not None:
+            observe(report)
+        return lower_plain(gm, example_inputs, options, mode)
     if recognisers is None:
         recognisers = all_recognisers(right_padded=options.padding == "right")
     try:

@@ -15,6 +15,7 @@ from ..passes.memory.joint import Joint
 from ..passes.memory.partition import joint_of
 from .backend import rewritten
 from .options import Options
+from .run import sizes_in_graph
 
 
 class TraceError(ValueError):
@@ -86,7 +87,8 @@ def trace(model: nn.Module, batch: Mapping[str, Tensor], options: Options) -> Tr
 
     torch._dynamo.reset()
     try:
-        torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(**batch, use_cache=False)
+        with sizes_in_graph():
+            torch.compile(model, backend=backend, dynamic=False, fullgraph=True)(**{**batch, "use_cache": False})
     except _Done:
         return found[0]
     except torch._dynamo.exc.Unsupported as error:  # pyright: ignore[reportAttributeAccessIssue]

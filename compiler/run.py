@@ -33,6 +33,16 @@ def compiled(
     return torch.compile(model, backend=backend)
 
 
+@contextmanager
+def sizes_in_graph() -> Iterator[None]:
+    """Let Dynamo keep what is read off a tensor as a symbol: how many tokens an image has, which images are real.
+
+    Otherwise such a number ends the graph. What compiles under it has to run under it.
+    """
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        yield
+
+
 def guards_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], bool] | None:
     """What Dynamo asks before it runs the code that it has compiled for a function called with these arguments.
 

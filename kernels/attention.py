@@ -112,6 +112,25 @@ def gradients(
     )
 
 
+def shapes(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """out and lse of :func:`formula`, empty. Arithmetic asks whether there are scores: a guard on symbolic sizes."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _length_major_empty(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def gradient_shapes(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    """What :func:`gradients` makes of q, k and v, empty; ``rest`` ends in whether each is needed."""
+    wanted = zip((q, k, v), rest[-1][:3], strict=True)
+    return tuple(_length_major_empty(x, x.shape[3]) if needed else None for x, needed in wanted)
+
+
+def _length_major_empty(x: Tensor, width: int | torch.SymInt) -> Tensor:
+    """As :func:`length_major_copy` lays x out, in one step: a transposed one would be asked for its memory format."""
+    batch, heads, length = x.shape[:3]
+    strides = (length * heads * width, width, heads * width, 1)
+    return torch.empty_strided((batch, heads, length, width), strides, dtype=x.dtype, device=x.device)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
     """The operator in plain torch."""
     return formula(q, k, v, visible_keys(q, k, causal, window), scale)
@@ -245,6 +264,8 @@ attention = operator(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, int? window) -> (Tensor out, Tensor lse)",
     reference=reference,
     reference_backward=reference_backward,
+    fake=shapes,
+    fake_backward=gradient_shapes,
     forward=forward,
     backward=backward,
     saves="q k v out lse",

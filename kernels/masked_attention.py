@@ -71,6 +71,12 @@ def _reference_backward(
     return *gradients, _summed(of_scores, mask) if needs[3] else None
 
 
+def _gradient_shapes(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    return *plain.gradient_shapes(grad, q, k, v, *rest), mask.new_empty(mask.shape) if rest[-1][3] else None
+
+
 def _summed(of_scores: Tensor, mask: Tensor) -> Tensor:
     """The gradient of what was broadcast to the scores."""
     lead = of_scores.dim() - mask.dim()
@@ -202,6 +208,8 @@ masked_attention = operator(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> (Tensor out, Tensor lse)",
     reference=_reference,
     reference_backward=_reference_backward,
+    fake=plain.shapes,
+    fake_backward=_gradient_shapes,
     forward=_forward,
     backward=_backward,
     saves="q k v mask out lse",

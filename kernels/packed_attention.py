@@ -48,6 +48,7 @@ def _documents_problem(documents: Tensor) -> str | None:
 cu_seqlens = operator(
     "cu_seqlens(Tensor documents) -> (Tensor cu_seqlens)",
     reference=_cu_seqlens,
+    fake=lambda documents: documents.new_empty(documents.numel() + 1, dtype=torch.int32),
     forward=_cu_seqlens,
     supports=_documents_problem,
     flops=lambda documents: 64 * documents.numel(),  # a sort: nothing to do twice
@@ -188,6 +189,8 @@ packed_attention = operator(
     " int? window) -> (Tensor out, Tensor lse)",
     reference=_reference,
     reference_backward=_reference_backward,
+    fake=plain.shapes,
+    fake_backward=plain.gradient_shapes,
     forward=_forward,
     backward=_backward,
     saves="q k v cu_seqlens extents out lse",

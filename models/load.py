@@ -10,10 +10,19 @@ from typing import Any, Literal
 import gguf
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 
 from . import presets
 from .adapters import load_adapter, with_lora
+from .parts import outer_parts
+from .processor import has_processor
 from .source import ModelError, Source, explained, locate, missing_weights, pickles
 from .tokenizer import load_tokenizer
 
@@ -32,6 +41,7 @@ def load_model(
     token: str | bool | None = None,
     attn_implementation: str | None = None,
     random_weights: bool = False,
+    images: bool | None = None,
 ) -> nn.Module:
     """Load a model for training, in training mode.
 
@@ -51,6 +61,9 @@ def load_model(
         token: for private and gated hub repositories.
         attn_implementation: "sdpa", "eager", …; None is transformers' own choice.
         random_weights: accept a folder with a configuration and no weights, and make them up.
+        images: load the class that takes images. None does where there is no other, or where ``name`` is an adapter
+            with a processor beside it. Quantised, such a model keeps its towers and projectors as they are: they are
+            small, and what they lose by it is large.
 
     Returns:
         the model; a ``PeftModel`` with trainable adapters when ``name`` is an adapter.
@@ -69,22 +82,30 @@ def load_model(
             trust_remote_code=trust_remote_code,
             token=token,
             attn_implementation=attn_implementation,
+            images=images or has_processor(source) or None,
         )
         return load_adapter(base, source)
     chosen: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with explained(name):
+        if images and (source.folder is None or source.gguf):
+            raise ModelError(f"{name!r} takes no images")
         if source.folder is None:
             model = presets.build(name, dtype=dtype, device=device, **chosen)
         elif source.gguf:
             model = _from_gguf(source, dtype, torch.device(device), **chosen)
         elif random_weights and missing_weights(source.folder) == ["model.safetensors"] and not pickles(source.folder):
-            model = _from_config(source, dtype, torch.device(device), trust_remote_code, **chosen)
+            model = _from_config(source, dtype, torch.device(device), trust_remote_code, images, **chosen)
         else:
-            model = _from_folder(source, **settings, trust_remote_code=trust_remote_code, **chosen)
+            model = _from_folder(source, **settings, trust_remote_code=trust_remote_code, images=images, **chosen)
         if quantise and not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8)):
             from .quantise import quantise_int8, quantise_nf4
 
-            model = quantise_nf4(model, compute_dtype=dtype) if quantise == "nf4" else quantise_int8(model)
+            kept = ("lm_head", *outer_parts(model))
+            model = (
+                quantise_nf4(model, compute_dtype=dtype, skip=kept)
+                if quantise == "nf4"
+                else quantise_int8(model, skip=kept)
+            )
         elif getattr(model, "is_loaded_in_8bit", False):
             from .int8 import freeze_int8
 
@@ -118,6 +139,7 @@ def _from_folder(
     device: torch.device,
     quantise: str | None,
     trust_remote_code: bool,
+    images: bool | None,
     **chosen: Any,
 ) -> PreTrainedModel:
     missing = missing_weights(source.files)
@@ -130,6 +152,7 @@ def _from_folder(
     if missing:
         raise ModelError(f"{source.name!r} lacks weights: {', '.join(missing)}")
     config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
+    reader = _reader(config, images, source.name)
     settings: dict[str, Any] = dict(chosen)
     if method := getattr(config, "quantization_config", None):
         method = method if isinstance(method, dict) else method.to_dict()
@@ -143,6 +166,8 @@ def _from_folder(
             "bnb_4bit_compute_dtype": dtype,
         }
         given: dict[str, Any] = four_bits if quantise == "nf4" else {"load_in_8bit": True}
+        if reader is AutoModelForImageTextToText:
+            given["llm_int8_skip_modules"] = _unquantised(config)
         settings["quantization_config"] = BitsAndBytesConfig(**given)
     model = _complete(
         source,
@@ -150,6 +175,7 @@ def _from_folder(
         device,
         # Quantisation happens on the device, weight by weight.
         device_map={"": device} if method or quantise else None,
+        reader=reader,
         config=config,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
@@ -182,16 +208,43 @@ def _tensor_names_once() -> Iterator[None]:
 
 
 def _from_config(
-    source: Source, dtype: torch.dtype, device: torch.device, trust_remote_code: bool, **chosen: Any
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool,
+    images: bool | None,
+    **chosen: Any,
 ) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source.files, trust_remote_code=trust_remote_code)
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen)
+        return _reader(config, images, source.name).from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, **chosen
+        )
 
 
-def _complete(source: Source, dtype: torch.dtype, device: torch.device, **settings: Any) -> PreTrainedModel:
+def _reader(config: Any, images: bool | None, name: str) -> Any:
+    """The class of transformers that reads a checkpoint of this configuration."""
+    # Private to transformers, whose public lists are of names; asked for membership alone.
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping
+    if images and not takes_images:
+        raise ModelError(f"{name!r} takes no images: it is a {config.model_type}")
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if images or (takes_images and not causal) else AutoModelForCausalLM
+
+
+def _unquantised(config: Any) -> list[str]:
+    """The head, towers and projectors of a model, by name; it is laid out without memory for that."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    head = model.get_output_embeddings()
+    return [*(name for name, module in model.named_modules() if module is head), *outer_parts(model)]
+
+
+def _complete(
+    source: Source, dtype: torch.dtype, device: torch.device, reader: Any = AutoModelForCausalLM, **settings: Any
+) -> PreTrainedModel:
     """``from_pretrained``, which by itself makes up the weights that it does not find."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source.files, dtype=dtype, output_loading_info=True, **settings)
+    loaded: Any = reader.from_pretrained(source.files, dtype=dtype, output_loading_info=True, **settings)
     model, report = loaded
     if absent := sorted(report["missing_keys"]):
         raise ModelError(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
+
+from .shrink_pictures import Pictures, pictures_of
 
 WIDTH, HEADS, HEAD_DIM, EXPERTS, VOCABULARY = 64, 4, 16, 4, 128
 ORDINARY_TOKENS = range(32, 100)
@@ -31,6 +33,7 @@ class Widths:
     """What the rules know of a configuration as a whole: its old widths, and how many layers it will have."""
 
     def __init__(self, fields: dict[str, Any], layers: int, widest: int | None = None) -> None:
+        self.fields = fields
         self.hidden = _first_int(fields, _HIDDEN) or WIDTH
         self.widest = max(widest or self.hidden, WIDTH)  # becomes WIDTH
         self.heads = _first_int(fields, _ATTENTION_HEADS) or HEADS
@@ -116,6 +119,7 @@ _NOISE = re.compile(r"\w*(drop|jitter)\w*")
 
 # What a default configuration may leave open although its model wants a number.
 _OPEN = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
+_OPEN |= {"image_token_id": ORDINARY_TOKENS.stop, "image_token_index": ORDINARY_TOKENS.stop}
 _OPEN |= {"num_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 
 
@@ -127,24 +131,28 @@ class Way:
         copies: layers kept of each kind. Some layers share what an earlier one of their kind has.
         fill: give fields that are None a value.
         widest: hidden size that becomes ``WIDTH``, for parts that are to stay in proportion to each other.
+        pictures: what a model of text and images needs to know of its images; None makes a causal language model.
     """
 
     copies: int = 1
     fill: bool = False
     widest: int | None = None
+    pictures: Pictures | None = None
 
 
-def ways(config: Any) -> Iterator[Any]:
+def ways(config: Any, pictures: bool = False) -> Iterator[Any]:
     """Tiny configurations, the plainest first; the first that eager can run is the one to take.
 
     Ways that the class refuses are left out, unless it refuses all of them.
 
+    Args:
+        pictures: keep the model of text and images that the configuration is of; otherwise also its text part alone.
+
     Raises:
         Exception: what the class raised when it refused the first one.
     """
-    hidden = [_first_int(vars(part), _HIDDEN) or 0 for part in (config, *_parts(config))]
     refused, found = [], 0
-    for way in (Way(), Way(fill=True), Way(copies=2, fill=True), Way(fill=True, widest=max(hidden))):
+    for way in _ways_with_pictures(config) if pictures else _ways(config):
         try:
             shrunk = shrink(config, way)
         except Exception as error:  # noqa: BLE001  classes validate in any way they like
@@ -153,10 +161,22 @@ def ways(config: Any) -> Iterator[Any]:
         found += 1
         yield shrunk
         # A configuration of several parts may stand for the causal language model inside of it.
-        if (decoder := shrunk.get_text_config(decoder=True)) is not shrunk:
+        if not pictures and (decoder := shrunk.get_text_config(decoder=True)) is not shrunk:
             yield decoder
     if not found:
         raise refused[0]
+
+
+def _ways(config: Any) -> tuple[Way, ...]:
+    hidden = [_first_int(vars(part), _HIDDEN) or 0 for part in (config, *parts(config))]
+    return Way(), Way(fill=True), Way(copies=2, fill=True), Way(fill=True, widest=max(hidden))
+
+
+def _ways_with_pictures(config: Any) -> Iterator[Way]:
+    for side in (4, 8):
+        for way in _ways(config):
+            text = _first_int(vars(config.get_text_config()), _HIDDEN) or WIDTH
+            yield replace(way, pictures=pictures_of(config, side, Widths({"hidden_size": text}, 2, way.widest)))
 
 
 def shrink(config: Any, way: Way = Way()) -> Any:
@@ -175,6 +195,8 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     widths = Widths(fields, len(kept), way.widest)
     result, special = {}, {}
     defaults = vars(type(config)())
+    if way.pictures is not None and way.fill and fields.get("vision_config", 0) is None:
+        fields["vision_config"] = _part_left_open(config, "vision_config")
     for name, value in fields.items():
         new = _field(name, value, widths, kept, count, way)
         if hasattr(value, "model_type") or type(new) is not type(value) or new != value:
@@ -185,7 +207,7 @@ def shrink(config: Any, way: Way = Way()) -> Any:
         layers = {i: overrides[old] for i, old in enumerate(kept) if old in overrides}
         own = {i: Widths(fields | o, len(kept), way.widest) for i, o in layers.items()}
         result["per_layer_config"] = {i: {k: _number(k, v, own[i]) for k, v in o.items()} for i, o in layers.items()}
-    if fields.get("is_decoder") is False:
+    if fields.get("is_decoder") is False and way.pictures is None:
         result["is_decoder"] = True  # else a bidirectional encoder
     if "default_language" in fields and fields["default_language"] is None:
         result["default_language"] = fields["languages"][0]
@@ -200,7 +222,14 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
         return type(value)(0)
     if hasattr(value, "model_type"):
         return shrink(value, way)
+    if way.pictures is not None:
+        known, new = way.pictures.field(name, value, widths.fields, kept)
+        if known:
+            return new
     if isinstance(value, dict):
+        if way.pictures is not None and way.fill and name == "rope_parameters" and "mrope_section" not in value:
+            turned = value.get("partial_rotary_factor") or widths.fields.get("partial_rotary_factor") or 1.0
+            value = value | {"mrope_section": _sections_of(int(widths.head_dim * turned))}
         return _dictionary(value, widths)
     if isinstance(value, (list, tuple)):
         if _is_index_list(value, count):
@@ -208,12 +237,20 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
         thinned = [value[i] for i in kept] if _is_per_layer(value, count) else value
         return type(value)(_number(name, v, widths) for v in thinned)
     if value is None and way.fill:
-        return ["full_attention"] * len(kept) if name == "layer_types" else _OPEN.get(name)
+        kinds = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}
+        return [kinds[name]] * len(kept) if name in kinds else _OPEN.get(name)
     return _number(name, value, widths)
 
 
-def _parts(config: Any) -> list[Any]:
+def parts(config: Any) -> list[Any]:
+    """The configurations inside of one: of its text, its images, …"""
     return [v for v in vars(config).values() if hasattr(v, "model_type")]
+
+
+def _part_left_open(config: Any, name: str) -> Any:
+    """The default of a part that a configuration may do without; None where its class is left open too."""
+    made = getattr(type(config), "sub_configs", {}).get(name)
+    return made() if made is not None and getattr(made, "model_type", "") else None
 
 
 def _number(name: str, value: Any, widths: Widths) -> Any:
@@ -235,6 +272,11 @@ def _dictionary(value: dict[Any, Any], widths: Widths) -> dict[Any, Any]:
         else:
             result[key] = item
     return result
+
+
+def _sections_of(head_dim: int) -> list[int]:
+    """A head's frequencies for time, height and width; models that rotate by one position take no notice."""
+    return [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def load_tokenizer(
         )
         if source.gguf:
             _take_special_tokens(tokenizer, source)
-    _separate_padding(tokenizer, name)
+    separate_padding(tokenizer, name)
     if require_chat_template and not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer of {name!r} has no chat template, as those of base models have none: take the instruct "
@@ -86,7 +86,7 @@ def _take_special_tokens(tokenizer: PreTrainedTokenizerBase, source: Source) -> 
             setattr(tokenizer, attribute, tokenizer.convert_ids_to_tokens(int(number)))
 
 
-def _separate_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def separate_padding(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Give the tokenizer a padding token, one of its own that nothing else means."""
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return

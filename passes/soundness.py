@@ -6,11 +6,13 @@ The rewritten graph is run on fake tensors with autograd on, so both questions a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked, statically_known_true, sym_eq
 from torch.utils import _pytree as pytree
 
 from .fakes import fake_execution
@@ -84,9 +86,7 @@ def assert_same_mathematics(before: fx.GraphModule, after: fx.GraphModule) -> No
 def assert_keeps_gradients(gm: fx.GraphModule) -> None:
     """Raise :class:`LostGradient` where a graph's outputs do not reach an input that their record has."""
     if (noted := _recorded(gm)) is not None:
-        _assert_none_lost(
-            noted, _outputs(gm, fx.Interpreter), [n.name for n in gm.graph.nodes if n.op == "placeholder"]
-        )
+        _assert_none_lost(noted, _outputs(gm, _Running), [n.name for n in gm.graph.nodes if n.op == "placeholder"])
 
 
 def _change(had: list[Output], kept: list[Output], names: list[str]) -> str | None:
@@ -116,7 +116,27 @@ def _recorded(gm: fx.GraphModule) -> list[Output] | None:
     return [n.meta[_RECORD] if isinstance(n, fx.Node) else Output(n, frozenset()) for n in nodes]
 
 
-class _Checking(fx.Interpreter):
+class _Running(fx.Interpreter):
+    """Runs a graph whose sizes may be read off its data: each running would give them another name."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.meta.get("unbacked_bindings") and (environment := _shape_env(result)) is not None:
+            rebind_unbacked(environment, n, result)
+        return result
+
+
+def _shape_env(result: Any) -> Any:
+    """Where the symbols of a value's sizes are known."""
+    for value in pytree.tree_leaves(result):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value.node.shape_env
+        if isinstance(value, FakeTensor):
+            return value.fake_mode.shape_env
+    return None
+
+
+class _Checking(_Running):
     """Checks every value against its node's metadata."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -130,7 +150,10 @@ class _Checking(fx.Interpreter):
 def _outputs(gm: fx.GraphModule, interpreter: type[fx.Interpreter] = _Checking) -> list[Output]:
     """Run a graph on its fake inputs in the ambient grad mode."""
     inputs = _inputs(gm)
-    with fake_execution(inputs):
+    environment = next((e for e in map(_shape_env, inputs) if e is not None), None)
+    # What this run names anew is forgotten; it may not wait for a tracer to bind it.
+    unnoticed = nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols()
+    with fake_execution(inputs), unnoticed:
         values = pytree.tree_leaves(interpreter(gm, garbage_collect_values=False).run(*inputs))
     return [Output(*pair) for pair in zip(values, reachable_inputs(values, inputs), strict=True)]
 

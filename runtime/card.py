@@ -43,6 +43,7 @@ def run_record(config: Any, data: Sequence[Any], result: Any) -> dict[str, Any]:
     return {
         "settings": config.model_dump(mode="json", exclude_unset=True, exclude={"output_dir", "overwrite"}),
         "data": [str(each) for each in data],
+        "images": any(each.has_images for each in data),
         "results": {
             "steps": result.steps,
             "tokens_per_second": result.tokens_per_second,
@@ -103,7 +104,7 @@ def model_card(
     base_id = base if _is_hub_id(base) else None
     front: dict[str, Any] = {
         "library_name": {"adapter": "peft", "gguf": "gguf"}.get(kind, "transformers"),
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if run.get("images") else "text-generation",
         "tags": ["unsloth", *(["lora"] if adapters else [])],
     }
     if base_id:
@@ -111,7 +112,7 @@ def model_card(
     called = base_id or Path(base).name or base
     lines = ["---", yaml.safe_dump(front, sort_keys=True, allow_unicode=True).strip(), "---", "", f"# {_plain(title)}"]
     lines += ["", f"Fine-tuned from {_code(called)}.", ""]
-    lines += _loading(kind, title, called, files)
+    lines += _loading(kind, title, called, files, images=bool(run.get("images")))
     if curve:
         lines += ["## Curves", "", f"![training loss]({curve})", ""]
     if results := {k: v for k, v in run.get("results", {}).items() if v is not None}:
@@ -128,7 +129,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def _loading(kind: str, title: str, base: str, files: Sequence[str]) -> list[str]:
+def _loading(kind: str, title: str, base: str, files: Sequence[str], *, images: bool) -> list[str]:
     if kind == "gguf":
         called = [f"llama-cli -m {name}" for name in files]
         return ["```bash", *called, "```", ""]
@@ -136,7 +137,13 @@ def _loading(kind: str, title: str, base: str, files: Sequence[str]) -> list[str
     if base.endswith(".gguf"):
         called = f'"its-folder", gguf_file={called}'
     code = _LOADED_BY[kind].format(place=_quoted(title), base=called)
-    return ["```python", _IMPORTS[kind], "", code, "```", ""]
+    lines = [_IMPORTS[kind], "", code]
+    if images:
+        others = {"AutoModelForCausalLM": "AutoModelForImageTextToText", "AutoTokenizer": "AutoProcessor"}
+        for text, one in others.items():
+            lines = [line.replace(text, one) for line in lines]
+        lines = [line.replace("tokenizer = ", "processor = ") for line in lines]
+    return ["```python", *lines, "```", ""]
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

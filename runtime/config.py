@@ -66,12 +66,17 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Of embeddings and head, where they are trained; smaller than the others'."
     )
 
+    finetune_vision_layers: bool = Field(True, description="Of a model that takes images: adapt towers and projectors.")
+    finetune_language_layers: bool = Field(True, description="Likewise its language model.")
+    finetune_attention_modules: bool = Field(True, description="Likewise the linear layers of attention.")
+    finetune_mlp_modules: bool = Field(True, description="Likewise all other linear layers.")
     autocast_adapter_dtype: bool = Field(
         True, description="Adapters in float32 under autocast; false holds them in the model's dtype, without autocast."
     )
 
     dataset_name: str = Field(
-        description="A .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .arrow or .txt file, or a hub id."
+        description="A .jsonl, .json, .csv, .tsv, .xlsx, .parquet, .arrow or .txt file, a folder of images with a "
+        "metadata.csv, or a hub id."
     )
     dataset_config: str | None = Field(None, description="Configuration of a hub data set, or an Excel file's sheet.")
     dataset_train_split: str = Field("train", description="Its split to train on.")
@@ -85,6 +90,11 @@ class TrainConfig(BaseModel):
     chat_template: str | None = Field(
         None, description="Instead of the tokenizer's own: chatml, llama-3, gemma, mistral, phi-3, …, or a .jinja file."
     )
+    image_size: int | None = Field(None, ge=1, description="Reduce images to so many pixels on their longer side.")
+    convert_images: bool = Field(
+        False, description="Take animated images (their first frame), CMYK and 16 bits; false leaves such rows out."
+    )
+    allow_image_urls: bool = Field(False, description="Fetch images that are given by a URL, before training.")
     strict_data: bool = Field(False, description="Refuse data with a bad row; false drops the row and says so.")
 
     output_dir: Path = Field(Path("outputs"), description="Where the adapter, the curve and checkpoints go.")

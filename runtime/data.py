@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
 from .formats import BATCH, FORMATS, Item, Source, read_dataset, read_file
+from .image_rows import as_array, detect_images, has_images, table_in
+from .images import ImageRules
 from .preference_rows import detect_preferences
 from .problems import BadRow, DataError, Problems, shown
 from .rows import Shape, Templates, detect, unchatted
@@ -54,6 +56,11 @@ class Data:
         return f"{self.name}:{self.numbers[index] if self.numbers else index + 1}"
 
     @property
+    def has_images(self) -> bool:
+        """Whether rows have ``images``, which only a processor can prepare."""
+        return self.shape.images
+
+    @property
     def is_pairs(self) -> bool:
         """Whether rows are a question and its answer each, which can do without a chat template."""
         return self.shape.gap is not None
@@ -87,23 +94,27 @@ def load_data(
     templates: Templates | None = None,
     strict: bool = False,
     preferences: bool = False,
+    images: ImageRules | None = None,
 ) -> Data:
     """Load a data set, find out what its rows are, and bring them into a form that TRL reads.
 
     Args:
-        name: a file of one of :data:`~unsloth.runtime.formats.FORMATS`, or an id on the hub.
+        name: a file of one of :data:`~unsloth.runtime.formats.FORMATS`, a folder of images with a table of them, or an
+            id on the hub.
         config: configuration of a hub data set, or the sheet of an Excel file.
         split: of a hub data set; a file has only "train".
         text_field: the column that holds plain text.
         templates: how columns become a prompt and its completion, where their names do not say it.
         strict: refuse the data when a row cannot be used, instead of leaving it out.
         preferences: rows are pairs of answers, see :mod:`.preference_rows`.
+        images: what is done with images; their paths are relative to the file's folder.
 
     Raises:
         DataError: naming what was looked for and what was found instead, with file and row where it is a row.
     """
     try:
-        return _load(_open(name, config, split), text_field, templates or Templates(), strict, preferences)
+        source = _open(name, config, split)
+        return _load(source, text_field, templates or Templates(), strict, preferences, images or ImageRules())
     except UnicodeDecodeError as error:  # of UTF-16; what is wrong in UTF-8 costs its row only
         raise DataError(
             f"data set {name!r} cannot be read: {error.encoding}, {error.reason}; save it as UTF-8"
@@ -112,18 +123,33 @@ def load_data(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
 
 
-def _shape(preferences: bool) -> Callable[..., Shape]:
-    return detect_preferences if preferences else detect
+def _shape(
+    name: str,
+    columns: Sequence[str],
+    sample: Sequence[dict[str, Any]],
+    preferences: bool,
+    images: ImageRules,
+    **how: Any,
+) -> Shape:
+    if preferences:
+        return detect_preferences(name, columns, sample, **how)
+    if has_images(columns, sample):
+        file = Path(name).expanduser()
+        rules = replace(images, folder=file.parent if file.is_file() else images.folder)
+        return detect_images(name, columns, sample, rules=rules, **how)
+    return detect(name, columns, sample, **how)
 
 
-def _load(source: Source, text_field: str, templates: Templates, strict: bool, preferences: bool) -> Data:
+def _load(
+    source: Source, text_field: str, templates: Templates, strict: bool, preferences: bool, images: ImageRules
+) -> Data:
     name = source.name
     first, columns, problems, found = _first(source, templates)
     if not found:
         if problems.count:
             raise DataError(f"data set {name!r} cannot be read: none of its {problems.count:,} rows can\n{problems}")
         raise DataError(f"data set {name!r} has no rows")
-    shape = _shape(preferences)(name, columns, found, templates=templates, text_field=text_field)
+    shape = _shape(name, columns, found, preferences, images, templates=templates, text_field=text_field)
     if shape.name == "tokens" and source.table is not None:
         rows, problems, numbers = source.table, Problems(), ()  # made for training: as it is, in its place on the disk
     else:
@@ -189,6 +215,7 @@ def preview(
     templates: Templates | None = None,
     strict: bool = False,
     preferences: bool = False,
+    images: ImageRules | None = None,
 ) -> Preview:
     """The first rows of what :func:`load_data` would load, in the time that they take.
 
@@ -200,7 +227,7 @@ def preview(
         return Preview(name)
     templates = templates or Templates()
     try:
-        source = read_file(path, config)
+        source = read_file(_file(path), config)
         first, columns, problems, found = _first(source, templates)
     except UnicodeDecodeError as error:
         raise DataError(f"data set {name!r} cannot be read: {error.encoding}, {error.reason}") from None
@@ -208,9 +235,10 @@ def preview(
         raise DataError(f"data set {name!r} cannot be read: {error.strerror or error}") from None
     if not found:
         raise DataError(f"data set {name!r} has no rows" + (f" that can be read\n{problems}" if problems.count else ""))
-    shape = _shape(preferences)(name, columns, found, templates=templates, text_field=text_field)
+    how: dict[str, Any] = {"templates": templates, "text_field": text_field}
+    shape = _shape(source.name, columns, found, preferences, images or ImageRules(), **how)
     problems, numbers = Problems(), array("Q")
-    rows = list(_sound(name, first, shape, problems, numbers))
+    rows = list(_sound(source.name, first, shape, problems, numbers))
     if problems.count and (strict or not rows):
         raise DataError(f"{problems.count:,} of the first {len(first):,} rows of {name!r} cannot be used:\n{problems}")
     unused = [column for column in columns if column not in shape.columns]
@@ -245,7 +273,7 @@ def is_conversational(rows: Dataset) -> bool:
 def _open(name: str, config: str | None, split: str) -> Source:
     path = Path(name).expanduser()
     if path.suffix.lower() in FORMATS or path.exists():
-        return read_file(path, config)
+        return read_file(_file(path), config)
     try:
         return read_dataset(name, load_dataset(name, config, split=split))
     except DatasetNotFoundError:
@@ -255,6 +283,10 @@ def _open(name: str, config: str | None, split: str) -> Source:
         if "corresponds to no data" in str(error):
             raise DataError(f"data set {name!r} has no rows") from None
         raise DataError(f"data set {name!r} cannot be read: {_innermost(error)}") from error
+
+
+def _file(path: Path) -> Path:
+    return table_in(path) if path.is_dir() else path
 
 
 def _first(source: Source, templates: Templates) -> tuple[list[Item], list[str], Problems, list[dict[str, Any]]]:
@@ -285,7 +317,10 @@ def _converted(source: Source, items: Iterable[Item], shape: Shape) -> tuple[Dat
         # Batches, because a row takes ten times its size as Python objects.
         while batch := list(itertools.islice(rows, BATCH)):
             names = dict.fromkeys(column for row in batch for column in row)
-            tables.append(pa.table({column: [row.get(column) for row in batch] for column in names}))
+            values = {column: [row.get(column) for row in batch] for column in names}
+            if shape.images:
+                values = {column: as_array(column, rows_of) for column, rows_of in values.items()}
+            tables.append(pa.table(values))
         table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # to import datasets takes longer than to ask all rules
 
     from .config import TrainConfig
     from .data import Data, Preview
+    from .vision import VisionCollator
 
 
 class DoctorError(ValueError):
@@ -215,15 +216,22 @@ def _ended(tokenizer: Any, text: str) -> str:
 # -- before training ---------------------------------------------------------------------------------------------------
 
 
-def before_loading(tokenizer: Any, data: Preview, config: TrainConfig) -> Diagnosis:
+def before_loading(
+    tokenizer: Any, data: Preview, config: TrainConfig, collator: VisionCollator | None = None
+) -> Diagnosis:
     """Ask what can be asked of a run without its weights: its files, and the first rows of its data.
+
+    Args:
+        collator: of rows that have images.
 
     Raises:
         ModelError, DataError: when they cannot be read.
     """
     subject = read(config.model_name_or_path, weights=False, gguf_file=config.gguf_file, tokenizer=tokenizer)
     subject.run = _run(config)
-    if data.shape is not None:
+    if collator is not None:
+        subject.rows = _with_images(data.rows, data, collator)
+    elif data.shape is not None:
         masked = bool(config.trainer.get("assistant_only_loss")) and "messages" in (data.first or {})
         subject.rows = _made(tokenizer, data.name, data.shape, zip(data.numbers, data.rows, strict=True), masked)
     return diagnose(subject, only=lambda rule: rule.cheap)
@@ -241,12 +249,19 @@ def _run(config: TrainConfig, dtype: str | None = None) -> Run:
     )
 
 
-def before_training(trainer: Any, tokenizer: Any, data: Data, config: TrainConfig) -> Diagnosis:
-    """Ask the cheap rules about a run that is about to begin: those that run no model."""
+def before_training(
+    trainer: Any, tokenizer: Any, data: Data, config: TrainConfig, collator: VisionCollator | None = None
+) -> Diagnosis:
+    """Ask the cheap rules about a run that is about to begin: those that run no model.
+
+    Args:
+        collator: makes the rows where these are not tokens yet, because they have images.
+    """
     subject = of_loaded(trainer.model, tokenizer, name=config.model_name_or_path)
     subject.written = _written(config)
     subject.run = _run(config, "float16" if trainer.args.fp16 else "bfloat16" if trainer.args.bf16 else config.dtype)
-    subject.rows = _prepared(trainer.train_dataset, data)
+    made = trainer.train_dataset
+    subject.rows = _prepared(made, data) if collator is None else _with_images(made, data, collator)
     return diagnose(subject, only=lambda rule: rule.cheap)
 
 
@@ -263,6 +278,18 @@ def _prepared(made: Any, data: Data) -> list[Row]:
         messages = data.rows[index].get("messages") or () if in_order else ()
         found += [Row(name, ids, labels, messages=messages) for _, ids, labels in responses.learnt(dict(row))]
     return found
+
+
+def _with_images(rows: Any, data: Data | Preview, collator: VisionCollator) -> list[Row]:
+    from .data import Data
+    from .vision_data import first_row
+
+    found: dict[tuple[int, ...], Row] = {}  # two that differ in their images alone are no repetition
+    for index, row in zip(range(responses.CHECKED), rows, strict=False):
+        made = first_row(collator, row)
+        name = data.row_name(index) if isinstance(data, Data) else f"{data.name}:{data.numbers[index]}"
+        found.setdefault(tuple(made["input_ids"]), Row(name, made["input_ids"], made["labels"]))
+    return [*found.values()]
 
 
 def _written(config: TrainConfig) -> Mapping[str, Any]:

@@ -10,14 +10,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .chat_templates import chat_template
 from .checkpoints import CheckpointError
 from .config import ConfigError, TrainConfig
 from .data import DataError, Preview, Templates, preview
 from .doctor import before_loading, told
+from .images import ImageRules
 from .outputs import OutputError, check_output
+from .vision_data import collator_for, first_row, processor_for
+
+if TYPE_CHECKING:
+    from .vision import VisionCollator
 
 SHOWN = 400
 """Characters of the first row that are shown as the model will see it."""
@@ -66,14 +71,18 @@ def dry_run(config: TrainConfig) -> DryRun:
     data = [attempt(setting, find) for setting, find in _data(config)]
     model = attempt("model_name_or_path", lambda: _model(config))
     tokenizer = model and attempt("model_name_or_path", lambda: _tokenizer(config, data[0]))
+    collator = None
+    if not problems and tokenizer is not None and data[0].shape is not None and data[0].shape.images:
+        collator = attempt("model_name_or_path", lambda: collator_for(config, tokenizer))
+        tokenizer = tokenizer.tokenizer
     if problems:
         raise ConfigError("\n".join(problems))
     lines = [("model", model), ("training", _training(config))]
     lines += [("data" if i == 0 else "held out", str(found)) for i, found in enumerate(data)]
-    if (example := _example(tokenizer, data[0])) is not None:
+    if (example := _example(tokenizer, data[0], collator)) is not None:
         lines.append(("first row", example))
     if config.doctor and tokenizer is not None:
-        lines.append(("doctor", "\n".join(told(before_loading(tokenizer, data[0], config)))))
+        lines.append(("doctor", "\n".join(told(before_loading(tokenizer, data[0], config, collator)))))
     free = shutil.disk_usage(output).free
     state = "is there" if config.output_dir.exists() else "will be made"
     lines += [("output", f"{config.output_dir} {state}, {free / 2**30:,.1f} GiB free"), ("device", _device(config))]
@@ -90,6 +99,7 @@ def _data(config: TrainConfig) -> list[tuple[str, Callable[[], Preview]]]:
         "text_field": config.trainer.get("dataset_text_field", "text"),
         "strict": config.strict_data,
         "preferences": config.prefers,
+        "images": ImageRules(urls=config.allow_image_urls, convert=config.convert_images, resize=config.image_size),
     }
 
     def look(name: str, sheet: str | None) -> Preview:
@@ -142,6 +152,8 @@ def _tokenizer(config: TrainConfig, data: Preview | None) -> Any:
     if config.gguf_file or config.model_name_or_path.endswith(".gguf"):
         return None  # takes seconds to read
     template = None if config.chat_template is None else chat_template(config.chat_template)
+    if data is not None and data.shape is not None and data.shape.images:
+        return processor_for(config, data.name, template)
     chats = data is not None and data.is_chat and template is None and "chat_template_path" not in config.trainer
     tokenizer = load_tokenizer(config.model_name_or_path, require_chat_template=chats)
     if template is not None:
@@ -149,11 +161,15 @@ def _tokenizer(config: TrainConfig, data: Preview | None) -> Any:
     return tokenizer
 
 
-def _example(tokenizer: Any, data: Preview) -> str | None:
+def _example(tokenizer: Any, data: Preview, collator: VisionCollator | None) -> str | None:
     """The first row as the model will see it, and how many tokens it has."""
     row = data.first
     if tokenizer is None or row is None or "input_ids" in row:
         return None
+    if collator is not None:
+        count = collator.check(row)
+        text = tokenizer.decode(first_row(collator, row)["input_ids"])
+        return f"{count:,} tokens (an image is shown as one)\n{text[:SHOWN]}{' …' if len(text) > SHOWN else ''}"
     answer = row.get("chosen", row.get("completion", ""))
     messages = row.get("messages") or [*row.get("prompt", ""), *answer]
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):

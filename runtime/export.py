@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..models.export.gguf_file import check_type, write_gguf
 from ..models.export.merged import Merged, merged
 from ..models.export.paths import file_name, inside
 from ..models.export.safetensors_files import write_safetensors
 from ..models.load import ModelError, load_model, load_tokenizer
+from ..models.processor import has_processor, load_processor
 from ..models.source import Source, locate
 from . import checkpoints
 from .card import RUN, model_card, read_run
@@ -107,7 +108,8 @@ def export(
     model = load_model(source, dtype=precision, quantise=quantise, **where)  # pyright: ignore[reportArgumentType]
     return save(
         model,
-        load_tokenizer(source, **where),
+        # What prepares images as well, where the model takes any; GGUF files hold the tokenizer alone.
+        (load_processor if has_processor(found) and format != "gguf" else load_tokenizer)(source, **where),
         output_dir,
         format=format,
         dtype=dtype or (precision if precision != torch.float32 else None),
@@ -120,7 +122,7 @@ def export(
 
 def save(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     output_dir: str | Path,
     *,
     format: str = "merged",
@@ -135,7 +137,7 @@ def save(
     A folder that is there keeps its other files. The model stays as it is.
 
     Args:
-        tokenizer: written beside the weights; GGUF needs it.
+        tokenizer: written beside the weights, or the processor of a model that takes images; GGUF needs the former.
         run: the folder of the run that trained it, for the model card.
 
     Raises:
@@ -159,11 +161,12 @@ def save(
         elif format == "gguf":
             if tokenizer is None:
                 raise ModelError("a GGUF file holds the tokenizer as well: pass it")
+            inner: Any = getattr(tokenizer, "tokenizer", tokenizer)
             kinds = [check_type(kind) for kind in types]
             weights = [f"{title}.{kind.upper()}.gguf" for kind in kinds]
             for kind, file in zip(kinds, weights, strict=True):
                 # From float32: the file's own rounding is the only one.
-                write_gguf(inside(staged, file), merged(model, torch.float32), tokenizer, kind, title=title)
+                write_gguf(inside(staged, file), merged(model, torch.float32), inner, kind, title=title)
         elif format == "merged-4bit":
             weights = _in_4_bits(merged(model, dtype), staged, max_shard_bytes)
         else:

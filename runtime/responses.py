@@ -49,13 +49,27 @@ def answers(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> tuple[s
     """
     messages = row["messages"]
     text = _rendered(tokenizer, messages, tools=row.get("tools"), **(row.get("chat_template_kwargs") or {}))
+    return text, spans(text, markers, messages)
+
+
+def spans(text: str, markers: Markers, messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Where the assistant's answers are in what a template has made of messages, with what ends each.
+
+    Args:
+        messages: with texts as contents, or lists of parts, of which the texts are looked for.
+
+    Raises:
+        BadRow: when an answer is not found.
+    """
     found, position = [], 0
     for number, message in enumerate(messages, 1):
-        content = (message.get("content") or "").strip()
+        texts = _texts(message.get("content"))
         if message["role"] != "assistant":
-            place = text.find(content, position)
-            position = place + len(content) if place >= 0 else position
+            for content in texts:
+                place = text.find(content, position)
+                position = place + len(content) if place >= 0 else position
             continue
+        content = "".join(texts)
         start = text.find(markers.start, position)
         first = start + len(markers.start)
         place = text.find(content, first) if start >= 0 else -1
@@ -65,7 +79,13 @@ def answers(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> tuple[s
         stop = text.find(markers.stop, end) if markers.stop else end
         position = stop + len(markers.stop) if stop >= 0 else end
         found.append((first, position))
-    return text, found
+    return found
+
+
+def _texts(content: Any) -> list[str]:
+    if isinstance(content, list):
+        return [text for part in content if (text := (part.get("text") or "").strip())]
+    return [(content or "").strip()]
 
 
 def tokenized(tokenizer: Any, markers: Markers, row: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -108,12 +108,14 @@ class Shape:
         convert: a row in the form that TRL reads; raises :class:`BadRow`.
         gap: what stands between a pair's prompt and its completion where no chat template does; None if the rows are
             no pairs. A user's templates say it themselves.
+        images: whether rows have ``images``; see :mod:`.image_rows`.
     """
 
     name: str
     columns: tuple[str, ...]
     convert: Callable[[Row], dict[str, Any]]
     gap: str | None = None
+    images: bool = False
 
 
 def detect(

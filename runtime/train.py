@@ -19,6 +19,7 @@ from transformers import PrinterCallback, set_seed
 from ..compiler.explain import Explanation
 from ..models.adapters import add_lora
 from ..models.load import load_model, load_tokenizer
+from ..models.parts import outer_parts, targets
 from . import checkpoints, responses
 from .card import run_record, write_card
 from .chat_templates import chat_template
@@ -26,12 +27,14 @@ from .config import ConfigError, TrainConfig
 from .curves import plot_loss
 from .data import Data, DataError, Templates, is_conversational, load_data
 from .doctor import before_training, report
+from .images import ImageRules
 from .memory_trace import MemoryTrace
 from .outputs import check_output, check_space, save_strategy
 from .problems import BadRow
 from .progress import ProgressBar
 from .quiet import quiet
 from .trainer import SFTTrainer
+from .vision_data import collator_for, first_row, processor_for, usable
 
 REFERENCE = "ref"
 """TRL's name for the adapter that a policy is compared with."""
@@ -86,6 +89,8 @@ class TrainResult:
             lines += [f"before      {self.answers[0]}", f"after       {self.answers[1]}"]
         lines.append(f"saved       {self.output_dir}  (curve: {self.output_dir / 'loss.png'})")
         call = "PeftModel.from_pretrained(base_model, " if self.is_adapter else "AutoModelForCausalLM.from_pretrained("
+        if self.record.get("images"):
+            call = call.replace("CausalLM", "ImageTextToText")
         lines.append(f'load        {call}"{self.output_dir}")')
         return "\n".join(lines)
 
@@ -121,30 +126,45 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         )
     template = None if config.chat_template is None else chat_template(config.chat_template)
     has_template = template is not None or "chat_template_path" in config.trainer
+    of_images = next((each.name for each in data if each.has_images), None)
+    images = of_images is not None
     with console.status(f"loading {config.model_name_or_path}"):
-        tokenizer = load_tokenizer(
-            config.model_name_or_path,
-            gguf_file=config.gguf_file,
-            trust_remote_code=config.trust_remote_code,
-            require_chat_template=not has_template and any(is_conversational(d.rows) and not d.is_pairs for d in data),
+        processor = processor_for(config, of_images, template) if of_images is not None else None
+        tokenizer = (
+            processor.tokenizer
+            if processor is not None
+            else load_tokenizer(
+                config.model_name_or_path,
+                gguf_file=config.gguf_file,
+                trust_remote_code=config.trust_remote_code,
+                require_chat_template=not has_template
+                and any(is_conversational(d.rows) and not d.is_pairs for d in data),
+            )
         )
         if template is not None:
             tokenizer.chat_template = template
         if not has_template and not tokenizer.chat_template:
             data = [d.without_chat() if d.is_pairs else d for d in data]
-        model = _model(config, device)
+        model = _model(config, device, images)
     check_space(config, model)
-    if config.trainer.get("assistant_only_loss"):
+    collator = None
+    if processor is not None:
+        collator = collator_for(config, processor)
+        data = [usable(each, collator, config.strict_data) for each in data]
+    elif config.trainer.get("assistant_only_loss"):
         data = [_answers_only(each, tokenizer, config.strict_data) for each in data]
     for each in data:
         console.print(str(each), markup=False, highlight=False, soft_wrap=True)
+    if processor is not None and (wrong := next((n for n in ("packing", "padding_free") if config.trainer.get(n)), "")):
+        raise DataError(f"{wrong} is for texts; the rows of {data[0].name!r} have images")
     trainer_class, config_class = _trainer(config)
     trainer = trainer_class(
         model,
-        args=config_class(**_precision(config, device), **_unlogged(config), use_cpu=device.type == "cpu"),
+        args=config_class(**_precision(config, device), **_unlogged(config, images), use_cpu=device.type == "cpu"),
         train_dataset=data[0].rows,
         eval_dataset=data[1].rows if len(data) > 1 else None,
-        processing_class=tokenizer,
+        processing_class=processor or tokenizer,
+        **({} if collator is None else {"data_collator": collator}),
         compile=config.compile,
         options=config.options,
         embedding_learning_rate=config.embedding_learning_rate,
@@ -158,10 +178,11 @@ def _train(config: TrainConfig, console: Console) -> TrainResult:
         trainer.memory_trace = MemoryTrace()
         torch._functorch.config.enable_autograd_cache = False  # type: ignore[attr-defined]  whose graphs have no plan
     if config.doctor:
-        report(before_training(trainer, tokenizer, data[0], config), console)
+        report(before_training(trainer, tokenizer, data[0], config, collator), console)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console))
-    _show_first_row(trainer, tokenizer, console)
+    shown = next(iter(trainer.train_dataset))
+    _show_first_row(trainer, tokenizer, shown if collator is None else first_row(collator, shown), console)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -215,6 +236,7 @@ def _data(config: TrainConfig) -> list[Data]:
         ),
         "strict": config.strict_data,
         "preferences": config.prefers,
+        "images": ImageRules(urls=config.allow_image_urls, convert=config.convert_images, resize=config.image_size),
     }
     name, split = config.dataset_name, config.dataset_train_split
     data = [load_data(name, config=config.dataset_config, split=split, **shared)]
@@ -246,9 +268,9 @@ def _answers_only(data: Data, tokenizer: Any, strict: bool) -> Data:
     return replace(data, rows=Dataset.from_list(made), numbers=numbers)
 
 
-def _show_first_row(trainer: Any, tokenizer: Any, console: Console) -> None:
+def _show_first_row(trainer: Any, tokenizer: Any, row: dict[str, Any], console: Console) -> None:
     """What the model sees of the first row, and what it learns of it; and what was cut off."""
-    for name, ids, labels in responses.learnt(next(iter(trainer.train_dataset))):
+    for name, ids, labels in responses.learnt(row):
         console.print(f"{name:<12}", end="")
         console.print(responses.coloured(tokenizer, ids, labels, plain=not console.is_terminal), soft_wrap=True)
     for name, cut in trainer.truncated.items():
@@ -262,7 +284,7 @@ def _show_first_row(trainer: Any, tokenizer: Any, console: Console) -> None:
             )
 
 
-def _model(config: TrainConfig, device: torch.device) -> Any:
+def _model(config: TrainConfig, device: torch.device, images: bool) -> Any:
     model = load_model(
         config.model_name_or_path,
         dtype=_weights(config, device),
@@ -270,15 +292,25 @@ def _model(config: TrainConfig, device: torch.device) -> Any:
         quantise="nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None,
         gguf_file=config.gguf_file,
         trust_remote_code=config.trust_remote_code,
+        images=images or None,
     )
     if not config.use_peft:
         return model
+    target_modules = config.lora_target_modules
+    if target_modules == "all-linear" and outer_parts(model):
+        target_modules = targets(
+            model,
+            vision=config.finetune_vision_layers and images,  # of texts they would learn nothing
+            language=config.finetune_language_layers,
+            attention=config.finetune_attention_modules,
+            mlp=config.finetune_mlp_modules,
+        )
     return add_lora(
         model,
         rank=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
+        target_modules=target_modules,
         seed=config.seed,
         autocast_adapter_dtype=config.autocast_adapter_dtype,
         use_rslora=config.use_rslora,
@@ -304,10 +336,12 @@ def _precision(config: TrainConfig, device: torch.device) -> dict[str, bool]:
     return {"bf16": device.type == "cuda" and not uniform and not half, "fp16": half and not uniform}
 
 
-def _unlogged(config: TrainConfig) -> dict[str, Any]:
-    """The trainer's own settings, without its bars."""
+def _unlogged(config: TrainConfig, images: bool) -> dict[str, Any]:
+    """The trainer's own settings, without its bars. Of images the collator makes all that it is given."""
     saving = {"save_strategy": save_strategy(config), "save_total_limit": 2}
     settings = {"report_to": "none", "disable_tqdm": True, **saving, **config.trainer}
+    if images:
+        settings["remove_unused_columns"] = False
     return {
         name: value
         for name, value in settings.items()

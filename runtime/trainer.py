@@ -11,6 +11,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,14 +22,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
-from ..compiler.run import compiled, guards_of
+from ..compiler.run import compiled, guards_of, sizes_in_graph
 from ..kernels import offload
+from .image_shapes import ImageShapes
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
 from .memory_trace import MemoryTrace
@@ -189,6 +191,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             self._evaluation = compiled(causal_lm_step, without_inductor, self._reports)
         if self.args.packing and self.args.packing_strategy == "wrapped":
             logger.warning("packing_strategy='wrapped' lets documents attend to each other; 'bfd' keeps them apart")
+        # How many tokens an image has is part of the graph then, and not a graph for each size.
+        of_images = isinstance(self.processing_class, ProcessorMixin)
+        self._shapes = ImageShapes(getattr(self.model, "get_base_model", lambda: self.model)()) if of_images else None
         self._lengths_vary = not one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1
@@ -241,11 +246,14 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             for value in (*rest.values(), labels):
                 if isinstance(value, Tensor) and value.dim() == 2:
                     torch._dynamo.maybe_mark_dynamic(value, [0, 1])
+        if self._shapes is not None:
+            rest = self._shapes(rest)
         run = self._step if self.model.training else self._evaluation
         if self._recorder.recording:
             arguments: dict[str, Any] = {"model": model, "inputs": rest, "labels": labels, "num_items": divisor}
             self._arguments = {**arguments, "balance_weight": weight}
-        step = outside_of_ddp(run, model, rest, labels, divisor, weight)
+        with sizes_in_graph() if self._shapes is not None else nullcontext():
+            step = outside_of_ddp(run, model, rest, labels, divisor, weight)
         if self.memory_trace is not None:
             self.memory_trace.turn()
         loss = step.loss
@@ -280,7 +288,9 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         started, graphs = time.perf_counter(), len(self._reports)
         step = super().training_step
-        if self._plain_loss and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
+        # How the pixels of a batch belong to its rows is the model's own affair: neither cut nor recorded.
+        images = any(name.startswith(("pixel", "image")) for name in inputs)
+        if self._plain_loss and not images and self._smaller.can_run(model, lambda: self.accelerator.sync_gradients):
 
             def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
                 self._share = share

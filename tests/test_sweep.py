@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks import sweep, sweep_worker
+from benchmarks import pictures, sweep, sweep_worker
 from unsloth.models.shrink import HEAD_DIM, HEADS, ORDINARY_TOKENS, VOCABULARY, WIDTH, Way, shrink, ways
 
 # Norms of both kinds and places, rotary, learned, ALiBi and relative positions, fused projections, windows, soft caps,
@@ -16,6 +16,16 @@ SAMPLE = [
     "gpt_neox", "gpt_oss", "granite", "llama", "mamba", "mistral", "mixtral", "mpt", "nemotron", "olmo2", "opt", "phi3",
     "phimoe", "qwen2", "qwen3", "qwen3_moe", "stablelm", "starcoder2",
 ]  # fmt: skip
+
+# Images scattered into text, two-way attention around them, cross-attention, towers of LayerNorm and GELU.
+WITH_IMAGES = ["gemma3", "idefics3", "llava", "mllama"]
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_architecture_with_images_is_equal(name: str) -> None:
+    row = sweep_worker.examine(name, family="vision")
+    assert row["status"] == "equal", row["reason"]
+    assert row["places"]["layer norm"][1] > 0 and row["places"]["attention"][0] == row["places"]["attention"][1]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -95,6 +105,45 @@ def test_the_given_configuration_is_not_changed(name: str) -> None:
     assert config.to_dict() == before
 
 
+def with_pictures(name: str, way: int = 0) -> object:
+    return [*ways(CONFIG_MAPPING[name](), pictures=True)][way]
+
+
+def test_images_are_a_few_patches() -> None:
+    config = with_pictures("llava")
+    assert config.vision_config.image_size == 4 * config.vision_config.patch_size
+    assert config.vision_feature_layer == -2 and config.vision_config.num_hidden_layers == 2
+    assert 100 <= config.image_token_id < VOCABULARY
+    larger = with_pictures("llava", 4)
+    assert larger.vision_config.image_size == 8 * larger.vision_config.patch_size
+
+
+def test_fields_that_depend_on_others() -> None:
+    config = with_pictures("qwen2_5_vl")
+    assert config.vision_config.window_size == 4 * config.vision_config.patch_size  # two merged patches
+    assert config.vision_config.out_hidden_size == config.text_config.hidden_size == WIDTH
+    config = with_pictures("mllama").vision_config
+    assert config.vision_output_dim == config.hidden_size * (1 + len(config.intermediate_layers_indices))
+    config = with_pictures("llava_next")
+    assert {size for pair in config.image_grid_pinpoints for size in pair} <= {56, 112, 168}
+
+
+def test_batches_are_laid_out_as_the_model_takes_images() -> None:
+    model, batch, _ = sweep_worker.runnable("qwen2_vl", "vision")
+    assert batch["image_grid_thw"].tolist() == [[1, 4, 8], [1, 8, 4]] and batch["pixel_values"].shape[0] == 64
+    tokens = (batch["input_ids"] == pictures.image_token(model.config)).sum(1)
+    assert tokens.tolist() == [8, 8]  # four patches each
+    assert ((batch["labels"] == -100).sum(1) == tokens).all()
+
+
+def test_a_step_that_ignores_its_images_does_not_count() -> None:
+    model, batch, eager = sweep_worker.runnable("llava", "vision")
+    sweep_worker.looks(model, batch, eager)
+    text = {**batch, "input_ids": batch["input_ids"].clamp(max=99), "pixel_values": None}
+    with pytest.raises(ValueError, match="does not depend on the images"):
+        sweep_worker.looks(model, text, sweep_worker.step(model, model, text))
+
+
 # -- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -141,11 +190,24 @@ def test_the_document() -> None:
     assert "no &lt;image> \\| none at all" in rows[5]
 
 
+def test_the_document_of_models_with_images_stands_below_the_other() -> None:
+    versions = {"torch": "2.13"}
+    text, images = sweep.document(ROWS, versions), sweep.document_with_images(ROWS[:3], versions)
+    assert "- 3 types; eager itself runs a tiny model of 2." in images
+    assert "Of the places in these 2, towers" in images and "attention: **25.0%** (1 of 4)" in images
+    both = sweep.joined(text, images)
+    assert both.startswith(text) and both.endswith(images)
+    assert sweep.joined("", text) == text
+    assert sweep.joined(both, text) == both and sweep.joined(both, images) == both
+    fewer = sweep.document(ROWS[:2], versions)
+    assert sweep.joined(both, fewer) == both.replace(text, fewer)
+
+
 def test_workers_that_die_or_take_too_long_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     class Worker:
         started = 0
 
-        def __init__(self, lowering: str) -> None:
+        def __init__(self, lowering: str, family: str) -> None:
             Worker.started += 1
             self.served = 0
 

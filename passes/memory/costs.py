@@ -193,9 +193,17 @@ def _flops(target: Any, args: Any, kwargs: Any, written: list[Tensor]) -> float:
     """By formula; an operator without one does one per element, so that nothing is free."""
     formula = flop_registry.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
     if formula is not None:
-        out = written[0] if len(written) == 1 else tuple(written)
-        return float(formula(*args, **kwargs, out_val=out))
+        return float(formula(*args, **kwargs, out_val=_outputs(target, args, written)))
     return float(sum(t.numel() for t in written))
+
+
+def _outputs(target: torch._ops.OpOverload, args: Any, written: list[Tensor]) -> Any:
+    """An operator's results as it returns them: backward of a convolution has None where no gradient is wanted."""
+    masks = [a for a in args if isinstance(a, (list, tuple)) and a and all(isinstance(flag, bool) for flag in a)]
+    if masks and len(masks[-1]) == len(target._schema.returns) and sum(masks[-1]) == len(written):
+        results = iter(written)
+        return tuple(next(results) if wanted else None for wanted in masks[-1])
+    return written[0] if len(written) == 1 else tuple(written)
 
 
 # -- workspace ---------------------------------------------------------------------------------------------------------

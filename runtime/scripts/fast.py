@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...models.adapters import add_lora
 from ...models.load import load_model, load_tokenizer
+from ...models.parts import outer_parts, targets
 from ...models.presets import SHAPES
 from ...models.source import ModelError, locate
 from .generating import give_generation, note_support
@@ -48,14 +49,17 @@ _WITHOUT_EFFECT = {
     "text_only": "a causal language model is what is loaded",
 }
 _SET_ASIDE = "_unsloth_compiled_call"
-_PARTS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "experts")}
 
 
 class FastLanguageModel:
     """Functions under one name; there are no instances."""
 
-    @staticmethod
+    _images: bool | None = None
+    _load_tokenizer: Callable[..., Any] = staticmethod(load_tokenizer)
+
+    @classmethod
     def from_pretrained(
+        cls,
         model_name: str,
         max_seq_length: int = 2048,
         dtype: torch.dtype | str | None = None,
@@ -116,17 +120,18 @@ class FastLanguageModel:
         if load_in_4bit is None:
             plain = not (asked or full_finetuning or model_name in SHAPES)
             load_in_4bit = plain and device.type == "cuda" and not _is_quantised(model_name, where)
-        tokenizer = load_tokenizer(model_name, **where)
+        tokenizer = cls._load_tokenizer(model_name, **where)
         model = load_model(
             model_name,
             dtype=_dtype(dtype, device),
             device=device,
             quantise="nf4" if load_in_4bit else "int8" if load_in_8bit else None,
             attn_implementation=attn_implementation,
+            images=cls._images,
             **where,
         )
         install()
-        _agree(model, tokenizer, model_name)
+        _agree(model, getattr(tokenizer, "tokenizer", tokenizer), model_name)
         _check_length(model, max_seq_length, model_name)
         if fast_inference:
             note_support(model)
@@ -240,20 +245,31 @@ class FastModel(FastLanguageModel):
         """As there.
 
         Args:
-            finetune_attention_modules, finetune_mlp_modules: False leaves those layers without adapters.
-            finetune_language_layers, finetune_vision_layers: likewise of a vision model; a language model has the
-                former only.
+            finetune_attention_modules, finetune_mlp_modules: False leaves those layers without adapters. Attention is
+                what counts heads, and all other layers of a block, and the projector's, are the latter.
+            finetune_language_layers, finetune_vision_layers: likewise of a model that takes images, whose vision layers
+                are those of its towers and projectors; a language model has the former only. See
+                :mod:`unsloth.models.parts`.
+            target_modules: None takes all linear layers that those leave; names are taken as they are.
 
         Raises:
             ModelError: when nothing is left to train.
         """
-        if not (finetune_language_layers and (finetune_attention_modules or finetune_mlp_modules)):
-            raise ModelError("the finetune_ arguments leave nothing to train")
+        whole = finetune_language_layers and finetune_attention_modules and finetune_mlp_modules
         if target_modules in (None, "all-linear"):
             target_modules = "all-linear"
-            without = "mlp" if not finetune_mlp_modules else "attention" if not finetune_attention_modules else None
-            if without is not None:
-                target_modules = _layers_without(model, _PARTS[without])
+            if not whole or outer_parts(model):
+                target_modules = targets(
+                    model,
+                    vision=finetune_vision_layers,
+                    language=finetune_language_layers,
+                    attention=finetune_attention_modules,
+                    mlp=finetune_mlp_modules,
+                    # PEFT does not take them beside an expression.
+                    layers=settings.pop("layers_to_transform", None),
+                )
+        elif not (finetune_attention_modules or finetune_mlp_modules):
+            raise ModelError("the finetune_ arguments leave nothing to train")
         return FastLanguageModel.get_peft_model(model, r, target_modules, *args, **settings)
 
 
@@ -343,20 +359,6 @@ def _noted(model: nn.Module, **settings: Any) -> nn.Module:
     for name, value in settings.items():
         setattr(model, name, value)
     return give_methods(model)
-
-
-def _layers_without(model: nn.Module, words: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that are not in modules of such names; of the head neither."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-        if not any(word in part for part in name.split(".")[:-1] for word in words)
-    }
-    if not names:
-        raise ModelError("the finetune_ arguments leave nothing to train")
-    return sorted(names)
 
 
 def _refuse(given: Mapping[str, Any], neutral: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import trl
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from ..preferences import DPOTrainer, ORPOConfig, ORPOTrainer, _ORPOTrainer
@@ -56,6 +57,13 @@ class _OldNames(_Base):
         config = self._arguments(given.get("args"), settings)
         model = given.pop("model")
         self._suit(config, model, settings)
+        collator: Any = given.get("data_collator")
+        of_images = hasattr(collator, "dataset")
+        if of_images:
+            config.remove_unused_columns = False  # it makes all that the model is given
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(rows := given.get(name), list):  # as scripts have it that TRL once took lists
+                given[name] = collator.dataset(rows) if of_images else Dataset.from_list(rows)
         rate = getattr(given.get("args"), "embedding_learning_rate", None)
         if rate is not None:
             given.setdefault("embedding_learning_rate", rate)

@@ -15,7 +15,7 @@ from unsloth.compiler.backend import compile_graph
 from unsloth.compiler.logits import DroppedLogits, DroppedLogitsError
 from unsloth.compiler.options import OptionError, Options
 from unsloth.compiler.report import GraphReport
-from unsloth.compiler.run import compiled
+from unsloth.compiler.run import compiled, sizes_in_graph
 from unsloth.models import presets
 from unsloth.passes.recognise import RECOGNISERS
 from unsloth.passes.runner import CompilerWarning
@@ -337,3 +337,37 @@ def test_compile_graph_reports_what_it_did() -> None:
 
     torch.compile(owner, backend=backend)(**batch())
     assert seen[0].capture_seconds > 0 and seen[0].nodes[0] > seen[0].nodes[1] > 0
+
+
+# -- sizes that are read off data --------------------------------------------------------------------------------------
+
+
+def _gated_pieces(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Pieces of a row, as many as there are lengths, each through a gated activation."""
+    pieces = torch.split(x, lengths.tolist())
+    gated = [torch.nn.functional.silu(p[:, :4]) * p[:, 4:] * (i + 1) for i, p in enumerate(pieces)]
+    return torch.cat(gated).square().sum()
+
+
+def test_sizes_in_data_stay_in_the_graph() -> None:
+    reports: list[GraphReport] = []
+    run = compiled(_gated_pieces, Options.parse({"strict": True, "lowering": "eager"}), reports)
+    with sizes_in_graph():
+        for lengths in ([2, 5], [4, 3], [1, 6]):
+            gradients = []
+            for function in (run, _gated_pieces):
+                x = torch.randn(7, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+                function(x, torch.tensor(lengths)).backward()
+                gradients.append(x.grad)
+            torch.testing.assert_close(*gradients)
+    assert len(reports) == 1
+    assert [s.operator for s in reports[0].rewritten] == ["glu", "glu"]
+
+
+def test_a_graph_without_tensors_is_left_alone() -> None:
+    """Between two graph breaks there may be arithmetic on sizes only."""
+    reports: list[GraphReport] = []
+    run = compiled(lambda n: torch.arange(n) + 1, Options.parse({"strict": True, "lowering": "eager"}), reports)
+    for size in (5, 6, 7):
+        assert run(size).tolist() == list(range(1, size + 1))
+    assert reports and not any(report.passes for report in reports)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from unsloth.kernels.attention import attention
 from unsloth.kernels.linear_cross_entropy import linear_cross_entropy
-from unsloth.passes.memory import measured
+from unsloth.passes.memory import costs, measured
 from unsloth.passes.memory.costs import ATTENTION_EFFICIENCY, DEVICES, LAUNCH_SECONDS, Ceilings, Sizes, ceilings
 
 H100 = DEVICES["H100"]
@@ -103,3 +103,15 @@ def test_devices_are_found_by_a_part_of_their_name(monkeypatch: pytest.MonkeyPat
     assert ceilings("NVIDIA H100 80GB HBM3") is H100 and ceilings("4090").memory == 24 << 30
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ceilings() is H100 and ceilings("abacus") is H100
+
+
+def test_a_patch_embedding_has_a_price_where_its_pixels_want_no_gradient() -> None:
+    """PyTorch's formula finds the weight's gradient by its place, behind the None of the pixels'."""
+    pixels, weight, grad = torch.empty(2, 3, 8, 8), torch.empty(16, 3, 4, 4), torch.empty(2, 16, 2, 2)
+    target = torch.ops.aten.convolution_backward.default
+    rest = ([16], [4, 4], [0, 0], [1, 1], False, [0, 0], 1)
+    once = 2 * grad.numel() * 3 * 4 * 4
+    of_weight = costs._flops(target, (grad, pixels, weight, *rest, [False, True, True]), {}, [weight, torch.empty(16)])
+    both = [pixels, weight, torch.empty(16)]
+    of_both = costs._flops(target, (grad, pixels, weight, *rest, [True, True, True]), {}, both)
+    assert of_both - of_weight > 0 and of_weight >= once
