@@ -38,6 +38,8 @@ WIDEST = 32
 """Ranks above this gain nothing: the partial sums move as much as another reading of the matrix."""
 MOST = 3
 """Layers at once."""
+ROWS_AT_ONCE = 8192
+"""Of a gated MLP: its sums over columns take half as much memory as one of its matrices."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -158,7 +160,7 @@ def _glu_kernel(
     M, N,
     dh_pitch, gate_pitch, up_pitch, down_pitch, xa_pitch, B1_pitch, B2_pitch,
     rank_down, rank1, rank2,
-    blocks, span, splits, over_columns,
+    blocks, span, first_split, splits, over_columns,
     ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -194,11 +196,11 @@ def _glu_kernel(
         begin, lanes = _place(blocks + block, at, M, BM, R)
         products = _dot(du, b2, tl.zeros((BM, R), dtype=tl.float32))
         tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
-    begin, lanes = _place(split, block * BN, blocks * BN, BN, R)
+    begin, lanes = _place(first_split + split, block * BN, blocks * BN, BN, R)
     tl.store(partials + begin + lanes, sums1)
-    begin, lanes = _place(splits + split, block * BN, blocks * BN, BN, R)
+    begin, lanes = _place(splits + first_split + split, block * BN, blocks * BN, BN, R)
     tl.store(partials + begin + lanes, sums2)
-    begin, lanes = _place(2 * splits + split, block * BN, blocks * BN, BN, R)
+    begin, lanes = _place(2 * splits + first_split + split, block * BN, blocks * BN, BN, R)
     tl.store(partials + begin + lanes, sums_down)
 
 
@@ -409,36 +411,49 @@ def _down_launches(
     return first, _summing([_Part(0, stride, walk.splits, width, rank, 1, width)], walk.R, device)
 
 
-@by_layout
-def _glu_launches(act: int, scales: tuple[float, ...], *matrices: Tensor) -> tuple[Launch, Launch]:
+def _glu_walk(rows: int, matrices: Sequence[Tensor]) -> tuple[_Walk, int]:
+    """How rows are walked, so many at a time, and the number of partial sums over all of them."""
     _, gate, _, dxa_down, _, B1, B2 = matrices
-    (rows, width), device = gate.shape, gate.device
     ranks = [dxa_down.shape[1], B1.shape[1], B2.shape[1]]
-    walk = _walk(GLU, rows, [width], ranks, device)
-    (blocks,), splits, R = walk.blocks, walk.splits, walk.R
-    over_rows = walk.over_rows(kinds=3)
-    result = Fresh.contiguous((rows, width), gate.dtype)
-    first = Launch(
+    walk = _walk(GLU, min(rows, ROWS_AT_ONCE), [gate.shape[1]], ranks, gate.device)
+    whole, rest = divmod(rows, ROWS_AT_ONCE)
+    return walk, whole * walk.splits + -(-rest // walk.span)
+
+
+@by_layout
+def _glu_launches(act: int, scales: tuple[float, ...], chunk: int, total: int, *tensors: Tensor) -> Sequence[Launch]:
+    """For a chunk of ``total`` rows: the activation's kernel, what sums over columns, and what sums over all rows."""
+    *matrices, _, _, _ = tensors
+    (rows, width), device = matrices[1].shape, matrices[1].device
+    rank_down, rank1, rank2 = (x.shape[1] for x in (matrices[3], *matrices[5:]))
+    walk, splits = _glu_walk(total, matrices)
+    (blocks,), R = walk.blocks, walk.R
+    stride, each = blocks * walk.tiling.columns * R, rows * R
+    over_rows = 3 * splits * stride
+    kernel = Launch(
         _glu_kernel,
-        walk.programs,
+        blocks * -(-rows // walk.span),
         device=device,
-        results=[result, result, Fresh.contiguous((over_rows + walk.over_columns(rows, kinds=2),), torch.float32)],
-        scalars=(rows, width, *map(_pitch, matrices), *ranks, blocks, walk.span, splits, over_rows),
+        results=[],
+        scalars=[
+            *(rows, width, *map(_pitch, matrices), rank_down, rank1, rank2),
+            *(blocks, walk.span, chunk * walk.splits, splits, over_rows),
+        ],
         constants={"ACT": act, "BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": R},
-        copies=_copies(*matrices),
+        copies=[*_copies(*matrices), None, None, None],
         num_warps=walk.tiling.warps,
         num_stages=walk.tiling.stages,
     )
-    rank_down, rank1, rank2 = ranks
-    each, stride, of_kind = rows * R, blocks * walk.tiling.columns * R, splits * blocks * walk.tiling.columns * R
-    parts = [
+    columns = [
         _Part(over_rows, each, blocks, rows, rank1, rank1 + rank2, 1, scales[0]),
         _Part(over_rows + blocks * each, each, blocks, rows, rank2, rank1 + rank2, 1, scales[1]),
-        _Part(0, stride, splits, width, rank1, rank1, 1, scales[0]),
-        _Part(of_kind, stride, splits, width, rank2, rank2, 1, scales[1]),
-        _Part(2 * of_kind, stride, splits, width, rank_down, 1, width),
     ]
-    return first, _summing(parts, R, device)
+    over_all = [
+        _Part(0, stride, splits, width, rank1, rank1, 1, scales[0]),
+        _Part(splits * stride, stride, splits, width, rank2, rank2, 1, scales[1]),
+        _Part(2 * splits * stride, stride, splits, width, rank_down, 1, width),
+    ]
+    return kernel, _summing(columns, R, device), _summing(over_all, R, device)
 
 
 # -- the products ------------------------------------------------------------------------------------------------------
@@ -450,8 +465,6 @@ def unsupported(x: Tensor, *ranks: int) -> str | None:
         return f"{x.device} has no Triton"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{x.dtype} is neither bfloat16 nor float16"
-    if not x.numel():
-        return "there is nothing to multiply"
     if not all(0 < rank <= WIDEST for rank in ranks):
         return f"a rank of {ranks} is not between 1 and {WIDEST}"
     return None
@@ -518,10 +531,20 @@ def glu_products(
         dgate and dup: [M, N]; dxa: [M, ranks]; the dBᵢ: [N, rankᵢ]; and the dA of the layer that reads h: [rank, N].
     """
     matrices = (dh, gate, up, dxa_down, xa, *Bs)
-    first, second = _glu_launches(act, tuple(scales), *matrices)
-    dgate, dup, partials = first(*matrices)
-    assert dgate is not None and dup is not None
-    dxa, dBs = xa.new_empty(xa.shape), [B.new_empty(B.shape) for B in Bs]
-    dA = gate.new_empty(dxa_down.shape[1], gate.shape[1])
-    _filled(second, partials, [*dxa.split([B.shape[1] for B in Bs], 1), *dBs, dA])
+    rows = gate.shape[0]
+    walk, splits = _glu_walk(rows, matrices)
+    dgate, dup, dxa = gate.new_empty(gate.shape), up.new_empty(up.shape), xa.new_empty(xa.shape)
+    dBs, dA = [B.new_empty(B.shape) for B in Bs], gate.new_empty(dxa_down.shape[1], gate.shape[1])
+    in_chunk = walk.over_columns(min(rows, ROWS_AT_ONCE), kinds=2)
+    partials = gate.new_empty(walk.over_rows(3) // walk.splits * splits + in_chunk, dtype=torch.float32)
+    for chunk, start in enumerate(range(0, rows, ROWS_AT_ONCE)):
+        *by_row, of_dxa = (
+            x.narrow(0, start, min(ROWS_AT_ONCE, rows - start)) for x in (*matrices[:5], dgate, dup, dxa)
+        )
+        tensors = (*by_row[:5], *Bs, *by_row[5:], partials)
+        kernel, over_columns, over_rows = _glu_launches(act, tuple(scales), chunk, rows, *tensors)
+        kernel(*tensors)
+        _filled(over_columns, partials, of_dxa.split([B.shape[1] for B in Bs], 1))
+        if start + ROWS_AT_ONCE >= rows:
+            _filled(over_rows, partials, [*dBs, dA])
     return dgate, dup, dxa, dBs, dA

@@ -5,7 +5,8 @@ It is done in a backward graph, when it is decided what is kept, so that the pla
 * a gated MLP whose three layers have adapters: what was kept are gate and up, and h = act(gate) · up would be made
   again for the gradient of one A. The activation's backward takes in all products with the widest matrices, h among
   them;
-* a norm that would run again for the gradient of A alone: that gradient is had from what the norm was given.
+* a norm whose result backward wants for the gradient of A alone, and would have to make again: that gradient is had
+  from what the norm was given.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def fuse_adapter_gradients(graph: fx.Graph) -> int:
     for act in (swiglu, geglu):
         for node in graph.find_nodes(op="call_function", target=act.overload_backward):
             cut += _cut_mlp(graph, node, act)
-    statistics = _statistics(graph)
+    saved = _saved_statistics(graph)
     for count, layers in LORA_LINEARS.items():
         for node in graph.find_nodes(op="call_function", target=layers.overload_backward):
-            cut += _cut_layers(graph, node, count, statistics)
+            cut += _cut_layers(graph, node, count, saved)
         for node in graph.find_nodes(op="call_function", target=LORA_DOWN_BACKWARD[count].overload):
-            cut += _spare_norm(graph, node, count, statistics)
+            cut += _take_norm_in(graph, node, count, saved)
     if cut:
         graph.eliminate_dead_code()
     return cut
@@ -62,7 +63,8 @@ def _cut_mlp(graph: fx.Graph, node: fx.Node, act: Operator) -> int:
         return 0
     if not isinstance(h, fx.Node) or h.target is not act.overload or list(h.args) != [gate, up, *others]:
         return 0
-    if set(h.users) != {down} or _members(down).keys() != {0, 3, 4} or set(_members(down)[0].users) != {node}:
+    # Whether something else reads h as well is for the plan to say, which must not change a bit of a gradient.
+    if _members(down).keys() != {0, 3, 4} or set(_members(down)[0].users) != {node}:
         return 0
     members = _members(node)
     dys, saved = _layers_arguments(layers, 2)
@@ -91,18 +93,17 @@ def _cut_mlp(graph: fx.Graph, node: fx.Node, act: Operator) -> int:
     return 1
 
 
-# -- a norm that is made again for one gradient ------------------------------------------------------------------------
+# -- the input of a norm in place of its output ------------------------------------------------------------------------
 
 
-def _cut_layers(graph: fx.Graph, node: fx.Node, count: int, statistics: _Statistics) -> int:
-    """Cut backward of layers whose input is a norm that nothing else in the graph reads."""
+def _cut_layers(graph: fx.Graph, node: fx.Node, count: int, saved: _Saved) -> int:
+    """Cut backward of layers whose input a norm makes."""
     dys, (x, A, *rest) = _layers_arguments(node, count)
     weights, Bs, (xa, *scales) = rest[:count], rest[count : 2 * count], rest[2 * count :]
-    normed = _normed(x, node, statistics)
     up = LORA_UP_BACKWARD[count]
-    if normed is None or not _all_wanted(node, count):
+    if not _all_wanted(node, count) or up.supports(*map(value, (*dys, xa, *Bs)), *scales) is not None:
         return 0
-    if up.supports(*map(value, (*dys, xa, *Bs)), *scales) is not None:
+    if (normed := _normed(graph, x, saved)) is None:
         return 0
     with graph.inserting_before(node):
         dxa, *dBs = _call(graph, up, *dys, xa, *Bs, *scales)
@@ -112,41 +113,50 @@ def _cut_layers(graph: fx.Graph, node: fx.Node, count: int, statistics: _Statist
     return 1
 
 
-def _spare_norm(graph: fx.Graph, node: fx.Node, count: int, statistics: _Statistics) -> int:
-    """Give a piece what its input's norm was given, where nothing else in the graph reads the norm."""
+def _take_norm_in(graph: fx.Graph, node: fx.Node, count: int, saved: _Saved) -> int:
+    """Give a piece what its input's norm was given."""
     place = 2 * count + 2
-    normed = _normed(node.args[place], node, statistics)
-    if normed is None:
+    if node.args[place + 1] is not None or (normed := _normed(graph, node.args[place], saved)) is None:
         return 0
     node.args = (*node.args[:place], *normed)
     return 1
 
 
-_Statistics = dict[fx.Node, list[tuple[Any, fx.Node]]]
-"""What was normalised, and in which ways that was done: the norm's weight, and rstd."""
+_Saved = dict[tuple[fx.Node, Any], fx.Node]
+"""rstd that forward saved, by what was normalised and the weight."""
 
 
-def _statistics(graph: fx.Graph) -> _Statistics:
-    """Of norms whose backward is in the graph, and which need not run for what their backward reads."""
-    found: _Statistics = {}
+def _saved_statistics(graph: fx.Graph) -> _Saved:
+    found: _Saved = {}
     for norm, first in ((rms_norm, 1), (add_rms_norm, 2)):
         for node in graph.find_nodes(op="call_function", target=norm.overload_backward):
             x, weight, rstd = node.args[first : first + 3]
             if isinstance(x, fx.Node) and isinstance(rstd, fx.Node) and rstd.op == "placeholder":
-                found.setdefault(x, []).append((weight, rstd))
+                found[x, weight] = rstd
     return found
 
 
-def _normed(x: Any, reader: fx.Node, statistics: _Statistics) -> tuple[Any, ...] | None:
-    """x, rstd, norm_weight and norm_offset in place of a norm that only the reader reads."""
-    norm = _maker(x)
-    if norm is None or norm.target is not rms_norm.overload or set(x.users) != {reader}:
+def _normed(graph: fx.Graph, x: Any, saved: _Saved) -> tuple[Any, ...] | None:
+    """x, rstd, norm_weight and norm_offset in place of a norm's result.
+
+    Also where the norm runs for something else as well: a plan decides that, and must not change a bit of a gradient.
+    """
+    if not isinstance(x, fx.Node) or x.target is not operator.getitem:
         return None
-    total, weight, _, offset, _ = norm.args
-    if set(norm.users) != {x} or value(total).dtype != value(x).dtype:
+    norm, index = x.args
+    if not isinstance(norm, fx.Node):
         return None
-    rstd = next((rstd for other, rstd in statistics.get(total, []) if other is weight), None)  # type: ignore[arg-type]
-    return None if rstd is None else (total, rstd, weight, offset)
+    if norm.target is rms_norm.overload and index == 0:
+        (total, weight, _, offset, _), statistic = norm.args, 1
+    elif norm.target is add_rms_norm.overload and index == 1:
+        (_, _, weight, _, offset, _), statistic = norm.args, 2
+        total = _member(graph, norm, 0)
+    else:
+        return None
+    if value(total).dtype != value(x).dtype:
+        return None
+    rstd = saved.get((total, weight))  # type: ignore[arg-type]
+    return total, _member(graph, norm, statistic) if rstd is None else rstd, weight, offset
 
 
 # -- nodes -------------------------------------------------------------------------------------------------------------
@@ -174,6 +184,17 @@ def _maker(node: Any) -> fx.Node | None:
 def _members(node: fx.Node) -> dict[int, fx.Node]:
     """The results of an operator that are read, by position."""
     return {user.args[1]: user for user in node.users if user.target is operator.getitem and user.users}  # type: ignore
+
+
+def _member(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """One of an operator's results, there or made."""
+    for user in node.users:
+        if user.target is operator.getitem and user.args[1] == index:
+            return user
+    with graph.inserting_after(node):
+        member = graph.call_function(operator.getitem, (node, index))
+    member.meta = {"val": node.meta["val"][index]}
+    return member
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:

@@ -105,6 +105,19 @@ def test_glu(act: int, formula: Any, rows: int, width: int, ranks: tuple[int, in
         assert_near(dB, s * dy.double().T @ own.double(), dtype)
 
 
+def test_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16
+    args = [random(70, 40, dtype=dtype, seed=i) for i in range(3)]
+    thin = random(70, 4, dtype=dtype, seed=4), random(70, 5, dtype=dtype, seed=5)
+    Bs = [random(40, rank, dtype=dtype, seed=6 + rank) for rank in (2, 3)]
+    whole = glu_products(*args, SILU.value, *thin, Bs, [1.0, 2.0])
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 32)  # two whole chunks and a part
+    monkeypatch.setattr(module, "_glu_launches", module._glu_launches.__wrapped__)  # remembers nothing of the whole
+    chunks = glu_products(*args, SILU.value, *thin, Bs, [1.0, 2.0])
+    for one, other in zip((*whole[:3], *whole[3], whole[4]), (*chunks[:3], *chunks[3], chunks[4]), strict=True):
+        assert_near(other, one.double(), dtype)
+
+
 def test_layouts() -> None:
     """Columns of a wider matrix are read where they lie; what does not lie in rows is copied."""
     dtype = torch.bfloat16
