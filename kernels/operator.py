@@ -150,7 +150,8 @@ def operator(
         forward, backward: the same contracts, on the devices named in ``devices``.
         saves: names of inputs and outputs that backward is given.
         differentiable: names of the tensor inputs that get a gradient. Without any the operator has no backward
-            operator, and differentiating through it raises.
+            operator, and differentiating through it raises. A gradient that any other input wants would be lost: no
+            formula is replaced there, and the soundness check counts no path through that input.
         gradients_of: names of the outputs that have a gradient. The others (statistics) are marked as having none.
         supports: called with the schema's arguments; None or the reason why the operator does not apply.
         flops, backward_flops: floating-point operations as a function of the schema's arguments (tensors, possibly

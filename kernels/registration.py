@@ -136,6 +136,7 @@ def register_autograd(op: Operator) -> None:
     others = [i for i, a in enumerate(op.schema.arguments) if not is_tensor(a)]
     positions = [inputs.index(name) for name in op.differentiable]
     followers = {inputs.index(name): inputs.index(of) for name, of in op.same_gradient.items()}
+    given = {*positions, *followers}
     graded = [outputs.index(name) for name in op.gradients_of]
     statistics = [i for i in range(len(outputs)) if i not in graded]
 
@@ -145,6 +146,8 @@ def register_autograd(op: Operator) -> None:
         ctx.save_for_backward(*op.saved(by_name))
         ctx.others = [inputs[i] for i in others]
         ctx.mark_non_differentiable(*(values[i] for i in statistics))
+        # Autograd's own record leads to every tensor, those that backward has nothing for included.
+        ctx.leads_to = tuple(i in given for i, value in enumerate(inputs) if isinstance(value, Tensor))
 
     def backward(ctx: Any, *grads: Tensor) -> Any:
         wanted = list(ctx.needs_input_grad)

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from ..kernels.operator import Operator
 from .calls import Call, Known, Refused, called, evaluate, insert, nodes_in, substitute
+from .gradients import may_want_gradient
 from .nodes import Region, is_boundary, is_random, value
 from .nodes import is_tensor as is_tensor
 from .nodes import module_path as module_path
@@ -139,6 +140,8 @@ def _unsound(match: Match, region: Mapping[fx.Node, Region]) -> str | None:
     for node in match.outputs:
         if node not in graded and value(node).is_floating_point() and region[node].grad_enabled:
             return f"{node.name} may want a gradient, which the operator does not have"
+    if name := _dropped(match, graded, region):
+        return f"{name} may want a gradient, which the operator does not give it"
     stretches = {region[node].stretch for node in match.interior}
     modes = {region[node].grad_enabled for node in _inner(graded, match)}
     if len(stretches) > 1 or len(modes) > 1:
@@ -163,6 +166,18 @@ def _graded(match: Match) -> list[fx.Node]:
     if not isinstance(op, Operator) or not op.differentiable:
         return list(match.outputs)
     return [n for n, i in match.outputs.items() if op.outputs[i] in op.gradients_of]
+
+
+def _dropped(match: Match, graded: list[fx.Node], region: Mapping[fx.Node, Region]) -> str | None:
+    """The first argument that a gradient would reach through the formula and does not through the operator."""
+    op = match.operator
+    if not isinstance(op, Operator) or not op.differentiable or not any(region[n].grad_enabled for n in graded):
+        return None
+    given = {*op.differentiable, *op.same_gradient}
+    for name, argument in zip(op.inputs, match.args, strict=False):
+        if name not in given and any(may_want_gradient(node, region) for node in nodes_in(argument)):
+            return name
+    return None
 
 
 def _inner(outputs: list[fx.Node], match: Match) -> set[fx.Node]:

@@ -2,7 +2,8 @@
 
 Models rotate q and k by the same cos and sin; one kernel reads those once and rotates both. Where only some features of
 each head are rotated, the slice that holds them is what is rotated. How the angles came about (linear, dynamic, YaRN,
-LongRoPE or llama3 scaling, sections for several axes) is in cos and sin, which are taken as they are.
+LongRoPE or llama3 scaling, sections for several axes) is in cos and sin, which are taken as they are. The kernel has
+no gradient of them, so where the angles are trained (Mistral Large 4) the rotation stays as the model wrote it.
 """
 
 from __future__ import annotations

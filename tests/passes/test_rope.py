@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tests.passes.recognising import LENGTH, assert_misses, assert_rewrites, find
 from tests.tracing import trace
+from unsloth.compiler.capture import retrace
 from unsloth.passes.recognise.rope import RECOGNISER
 from unsloth.passes.rewrite import Match
 from unsloth.passes.runner import run_passes
@@ -355,6 +358,57 @@ def test_tables_per_head_are_refused() -> None:
 
     _, (report,) = run_passes(trace(per_head, *inputs(torch.float32)), [RECOGNISER], strict=True)
     assert not report.rewritten and "differs between heads" in report.missed[0].detail
+
+
+def scaled_by_parameter(q: Tensor, k: Tensor, alpha: Tensor, positions: Tensor) -> Tensor:
+    """As Mistral Large 4: the frequencies have a trained scale."""
+    angles = positions[:, :, None].float() * alpha.exp()
+    angles = torch.cat((angles, angles), dim=-1)
+    return attended(both)(q, k, angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["in the graph", "before the graph"])
+def test_tables_that_are_trained_are_refused(outside: bool) -> None:
+    """The operator has no gradient of cos and sin."""
+    q, k, _, _ = inputs(torch.float32)
+    alpha, positions = torch.zeros(4, requires_grad=True), torch.arange(LENGTH)[None]
+    reports = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
+        result, (report,) = run_passes(retrace(gm, check=False), [RECOGNISER], strict=True)
+        reports.append(report)
+        return result
+
+    def run(function) -> list[Tensor]:
+        if outside:  # as after a graph break: cos and sin are inputs that are no leaves
+            angles = positions[:, :, None].float() * torch.cat((alpha, alpha)).exp()
+            result = function(q, k, angles.cos(), angles.sin())
+        else:
+            result = function(q, k, alpha, positions)
+        return list(torch.autograd.grad(result.square().sum(), [q, k, alpha]))
+
+    function = attended(both) if outside else scaled_by_parameter
+    torch._dynamo.reset()
+    got, expected = run(torch.compile(function, backend=backend, fullgraph=True)), run(function)
+    (report,) = reports
+    (miss,) = report.missed
+    assert not report.rewritten
+    assert miss.detail == "cos may want a gradient, which the operator does not give it"
+    assert miss.source_line and miss.source_line.startswith("test_rope.py:")
+    assert got[2].norm() > 0
+    torch.testing.assert_close(got, expected)
+
+
+def test_tables_computed_from_a_parameter_without_gradients_are_taken() -> None:
+    def function(q: Tensor, k: Tensor, alpha: Tensor, positions: Tensor) -> Tensor:
+        with torch.no_grad():
+            angles = positions[:, :, None].float() * alpha.exp()
+            cos, sin = angles.cos(), angles.sin()
+        return attended(both)(q, k, cos, sin) * alpha.sum()
+
+    q, k, _, _ = inputs(torch.float32)
+    alpha, positions = torch.ones(8, requires_grad=True), torch.arange(LENGTH)[None]
+    assert_rewrites(RECOGNISER, function, q, k, alpha, positions, to="rope")
 
 
 def test_mixed_halves_are_refused() -> None:

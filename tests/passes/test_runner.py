@@ -16,7 +16,8 @@ from torch.nn.functional import dropout, linear
 from tests.toy import Raising, Scale, toy
 from tests.tracing import dynamo_graph, targets, trace
 from unsloth.compiler.capture import retrace
-from unsloth.passes import soundness
+from unsloth.kernels.operator import OPERATORS, operator
+from unsloth.passes import rewrite, soundness
 from unsloth.passes.recognise import RECOGNISERS
 from unsloth.passes.rewrite import Call, Match, Miss
 from unsloth.passes.runner import CompilerWarning, PassError, copy_graph, run_passes
@@ -145,6 +146,60 @@ def test_rule_4_a_lost_gradient_drops_the_pass() -> None:
     with pytest.warns(CompilerWarning, match="toy_scale was left out: output 0 lost its gradient"):
         result, (report,) = run_passes(gm, [Scale(detached)])
     assert "toy_scale" not in targets(result) and report.error is not None
+
+
+def _scaled_by(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x * scale
+
+
+toy_scale_by = OPERATORS.get("toy_scale_by") or operator(
+    "toy_scale_by(Tensor scale, Tensor x) -> (Tensor y)",
+    reference=_scaled_by,
+    reference_backward=lambda grad, scale, needs: (grad * scale if needs[0] else None,),
+    forward=_scaled_by,
+    backward=lambda grad, scale, needs: (grad * scale if needs[0] else None,),
+    saves="scale",
+    differentiable="x",  # and not scale
+    gradients_of="y",
+    supports=lambda *_: None,
+    flops=lambda scale, x: x.numel(),
+    backward_flops=lambda scale, x: x.numel(),
+)
+
+
+class ScaleBy:
+    """Recognises ``x * exp(scale)`` as an operator without a gradient of the scale."""
+
+    name = "toy_scale_by"
+
+    def find(self, graph: torch.fx.Graph):
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.mul.Tensor:
+                yield Match(toy_scale_by, (node.args[1], node.args[0]), {node: 0}, frozenset({node}))
+
+
+def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x * scale.exp()).sum()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rule_4_an_argument_that_the_operator_gives_no_gradient(trained: bool) -> None:
+    gm = trace(scaled, inputs()[0], torch.randn(4, requires_grad=trained))
+    _, (report,) = run_passes(gm, [ScaleBy()], strict=True)
+    refusals = ["scale may want a gradient, which the operator does not give it"] if trained else []
+    assert [s.detail for s in report.missed] == refusals and len(report.rewritten) == 1 - len(refusals)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_rule_4_a_gradient_that_an_operator_lacks_is_seen_by_autograd(monkeypatch, recorded: bool) -> None:
+    """Autograd's record of an operator leads to all its tensors, those without a gradient included."""
+    monkeypatch.setattr(rewrite, "_dropped", lambda *_: None)
+    gm = retrace(dynamo_graph(scaled, inputs()[0], torch.randn(4, requires_grad=True)), check=not recorded)
+    with pytest.raises(PassError, match="output 0 lost its gradient with respect to l_scale_"):
+        run_passes(gm, [ScaleBy()], strict=True)
+    with pytest.warns(CompilerWarning, match="toy_scale_by was left out: output 0 lost its gradient"):
+        result, _ = run_passes(gm, [ScaleBy()])
+    assert "toy_scale_by" not in targets(result)
 
 
 def test_rule_4_only_the_guilty_pass_is_dropped() -> None:
