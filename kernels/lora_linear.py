@@ -140,7 +140,8 @@ def up_gradients(
     dys: Sequence[Tensor], xa: Tensor, Bs: Sequence[Tensor], scales: Sequence[float]
 ) -> tuple[Tensor, list[Tensor]]:
     """dxa, [M, ranks], and the dBᵢ of gradients [M, outᵢ]: by one reading of each where that is supported."""
-    if thin_products.unsupported(dys[0], *(B.shape[1] for B in Bs)) is None and dys[0].shape[0]:
+    dy = dys[0]
+    if dy.is_cuda and dy.shape[0] and thin_products.unsupported(dy, *(B.shape[1] for B in Bs)) is None:
         return thin_products.up_products(dys, xa, Bs, scales)
     dxa = xa.new_empty(xa.shape)
     for dy, B, scale, own in zip(dys, Bs, scales, of_each(dxa, Bs), strict=True):
@@ -150,7 +151,7 @@ def up_gradients(
 
 def a_gradient(dxa: Tensor, x: Tensor) -> Tensor:
     """dA = dxaᵀ x of [M, ranks] and [M, in]: a library's product is slow where the ranks are many, ours elsewhere."""
-    if dxa.shape[1] > thin_products.WIDEST and thin_products.unsupported(x) is None and dxa.shape[0]:
+    if dxa.shape[1] > thin_products.WIDEST and x.is_cuda and x.shape[0] and thin_products.unsupported(x) is None:
         return thin_products.down_product(dxa, x)
     return _product(dxa.T, x)
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.kernels.oracle import DEVICE
 from unsloth.kernels.glu import geglu, swiglu
 from unsloth.kernels.lora_backward import LORA_DOWN_BACKWARD, LORA_UP_BACKWARD, glu_lora_backward
 from unsloth.kernels.lora_linear import lora_linear
@@ -154,7 +155,7 @@ def model() -> Any:
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         vocab_size=64,
     )  # fmt: skip
-    base = LlamaForCausalLM(config).to(torch.bfloat16)
+    base = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=False).train()
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -165,7 +166,7 @@ def model() -> Any:
 def test_no_plan_changes_a_bit(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cut: list[int] = []
     monkeypatch.setattr(partition, "fuse_adapter_gradients", lambda g: cut.append(fuse_adapter_gradients(g)) or cut[-1])
-    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found = []
     for budget in (None, 0):
         torch._dynamo.reset()
