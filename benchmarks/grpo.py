@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--peer-site", help="folder into which the peers were installed")
     arguments.add_argument("--limit", type=int, default=900, help="seconds per system")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/grpo-SHAPE-MODE-GxN-DEVICE.json)")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/grpo/SHAPE-MODE-GxN-DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     return arguments
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, row by row."""
     args = parser().parse_args(argv)
     length = args.prompt + args.completion
-    default = step.RESULTS / f"grpo-{args.shape}-{args.mode}-{args.generations}x{length}-{args.device}.json"
+    default = step.RESULTS / "grpo" / f"{args.shape}-{args.mode}-{args.generations}x{length}-{args.device}.json"
     path = Path(args.out) if args.out else default
     if args.generations % args.micro:
         raise SystemExit(f"--generations {args.generations} is no multiple of --micro {args.micro}")

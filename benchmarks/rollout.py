@@ -71,7 +71,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         line += f"{row['first_run_s']:>9.1f}{memory[0]:>10}{memory[1]:>8}"
         if "greedy_is_argmax" in row:
             line += f"  {row['greedy_is_argmax']:.2%}, {row['greedy_is_generate']:.2%}; {row['log_p_off']:.4f};"
-            line += f" {row['stale_tokens']} of {row['tokens_that_tell']}"
+            line += f" {row['stale_tokens']} of {row['tokens_that_tell']}" if "tokens_that_tell" in row else ""
         lines.append(line)
     return "\n".join(lines)
 
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--peer-site", help="folder into which the peer was installed")
     arguments.add_argument("--limit", type=int, default=900, help="seconds per system")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/rollout-SHAPE-MODE-SxN-DEVICE.json)")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/rollouts/SHAPE-MODE-SxN-DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     return arguments
 
@@ -100,8 +100,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, row by row."""
     args = parser().parse_args(argv)
-    name = f"rollout-{args.shape}-{args.mode}-{args.sequences}x{args.new}-{args.device}.json"
-    path = Path(args.out) if args.out else step.RESULTS / name
+    name = f"{args.shape}-{args.mode}-{args.sequences}x{args.new}-{args.device}.json"
+    path = Path(args.out) if args.out else step.RESULTS / "rollouts" / name
     if args.sequences % args.group:
         raise SystemExit(f"--sequences {args.sequences} is no multiple of --group {args.group}")
     names = args.systems.split(",")
