@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments.add_argument("--peer-site", help="folder into which the peer was installed")
     arguments.add_argument("--limit", type=int, default=900, help="seconds per system")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/rollouts/SHAPE-MODE-SxN-DEVICE.json)")
+    arguments.add_argument("--out", help="result file (default: results/rollouts/SHAPE-MODE-SxN-DEVICE.json)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     return arguments
 
