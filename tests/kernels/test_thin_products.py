@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from tests.kernels.oracle import DEVICE, assert_compiles
@@ -152,6 +153,13 @@ def test_unsupported_says_why() -> None:
     assert unsupported(x, 16, 32) is None
     assert unsupported(x, 33) == "a rank of (33,) is not between 1 and 32"
     assert unsupported(x.float(), 8) == "torch.float32 is neither bfloat16 nor float16"
+
+
+def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_capability", lambda device: (7, 5))
+    with FakeTensorMode():
+        x = torch.empty(4, 8, dtype=torch.float16, device="cuda")
+        assert unsupported(x, 8) == "sm_75 has too little shared memory"
 
 
 def test_kernels_compile() -> None:
