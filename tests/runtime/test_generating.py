@@ -30,6 +30,7 @@ def loaded() -> Any:
 
 
 def _trained(model: nn.Module) -> None:
+    torch.manual_seed(0)  # or the tests before this one would choose the tokens
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.5)
@@ -68,10 +69,10 @@ def test_input_ids_as_generate_takes_them(loaded: Any, left: bool) -> None:
     keep = [[0] * len(p) + [1] * len(r) for p, r in zip(pads, rows, strict=True)]
     mask = torch.tensor(keep if left else [k[::-1] for k in keep])
     config = GenerationConfig(max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
+    own = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = None  # which is taken where a configuration says None
     out = model.fast_generate(input_ids=ids, attention_mask=mask, generation_config=config)
     model.eval()
-    own = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None  # generate takes it where a configuration says None
     for row, tokens in zip(out, rows, strict=True):
         alone = torch.tensor([tokens])
         expected = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), generation_config=config)
