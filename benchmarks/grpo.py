@@ -11,6 +11,7 @@ checkpoint every layer, as they do by default.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -103,15 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--generations {args.generations} is no multiple of --micro {args.micro}")
     names = args.systems.split(",")
     parsed = [parse_system(name) for name in names]  # a misspelt system is noticed before the first one has run
-    for name, (system, options) in zip(names, parsed, strict=True):
-        workload = {n: getattr(args, n) for n in WORKLOAD} | {"options": options}
-        wanted = step.key({"system": system, "workload": workload})
-        if not args.force and any(step.key(r) == wanted and "error" not in r for r in step.read(path)):
-            continue
-        row = measure(name, args)
-        step.write(path, [r for r in step.read(path) if step.key(r) != step.key(row)] + [row])
-        print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(step.read(path))}\n\n{path}")
+    settings = {n: getattr(args, n) for n in WORKLOAD}
+    rows = [
+        ({"system": system, "workload": settings | {"options": options}}, functools.partial(measure, name, args))
+        for name, (system, options) in zip(names, parsed, strict=True)
+    ]
+    step.measure_missing(path, rows, table, force=args.force)
 
 
 if __name__ == "__main__":

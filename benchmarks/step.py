@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,30 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def measure_missing(
+    path: Path,
+    rows: Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]],
+    table: Callable[[list[dict[str, Any]]], str],
+    *,
+    force: bool,
+) -> None:
+    """Measure what a result file lacks or has as a failure, row by row, and print the whole.
+
+    Args:
+        path: the file; it is written after every row.
+        rows: of each the system and workload that ``key`` tells it by, and what measures it.
+        table: rows as text, a head and a line for each.
+        force: measure again what is there.
+    """
+    for wanted, measure in rows:
+        if not force and any(key(r) == key(wanted) and "error" not in r for r in read(path)):
+            continue
+        row = measure()
+        write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+        print(table([row]).splitlines()[-1], flush=True)
+    print(f"\n{table(read(path))}\n\n{path}")
 
 
 def key(row: dict[str, Any]) -> str:

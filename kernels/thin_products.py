@@ -31,6 +31,7 @@ import triton
 from torch import Tensor
 
 from .launch import Fresh, Launch, by_layout
+from .low_rank_product import _multiprocessors
 from .thin_products_triton import glu_kernel, products_kernel, sums_kernel
 
 WIDEST = 32
@@ -108,12 +109,6 @@ def _walk(tiling: Tiling, rows: int, widths: Sequence[int], ranks: Sequence[int]
     wanted = max(1, tiling.per_processor * _multiprocessors(device) // sum(blocks))
     span = -(-rows // (wanted * tiling.rows)) * tiling.rows
     return _Walk(tiling, blocks, span, -(-rows // span), R)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU; two of the interpreter's, so that each goes through several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 SUM_BLOCK, SUM_AT_ONCE = 256, 8

@@ -6,19 +6,12 @@ import triton
 import triton.language as tl
 
 from .glu import _share
-from .low_rank_product import INTERPRETED
-
-
-@triton.jit
-def _dot(a, b, total):
-    if INTERPRETED:  # there bfloat16 is stored as integers, and multiplied as such
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total)
+from .low_rank_product import INTERPRETED, _multiply_add
 
 
 @triton.jit
 def _dot_over_rows(tile, thin, total):
-    return _dot(tl.trans(tile), thin, total)
+    return _multiply_add(tl.trans(tile), thin, total)
 
 
 @triton.jit
@@ -87,7 +80,7 @@ def products_kernel(
         sums = _dot_over_rows(tile, t, sums)
         if B is not None:
             begin, lanes = _place(block, at, M, BM, R)
-            products = _dot(tile, b, tl.zeros((BM, R), dtype=tl.float32))
+            products = _multiply_add(tile, b, tl.zeros((BM, R), dtype=tl.float32))
             tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
     if weight is not None:
         sums *= (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)[:, None]
@@ -136,10 +129,10 @@ def glu_kernel(
         sums1 = _dot_over_rows(dg, _thin(xa, row, xa_pitch, rank1, M, R), sums1)
         sums2 = _dot_over_rows(du, _thin(xa + rank1, row, xa_pitch, rank2, M, R), sums2)
         begin, lanes = _place(block, at, M, BM, R)
-        products = _dot(dg, b1, tl.zeros((BM, R), dtype=tl.float32))
+        products = _multiply_add(dg, b1, tl.zeros((BM, R), dtype=tl.float32))
         tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
         begin, lanes = _place(blocks + block, at, M, BM, R)
-        products = _dot(du, b2, tl.zeros((BM, R), dtype=tl.float32))
+        products = _multiply_add(du, b2, tl.zeros((BM, R), dtype=tl.float32))
         tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
     begin, lanes = _place(first_split + split, block * BN, blocks * BN, BN, R)
     tl.store(partials + begin + lanes, sums1)

@@ -21,7 +21,8 @@ def test_rows_say_how_fast_and_how_right(tmp_path: Path) -> None:
     assert ours["workload"]["options"] == {"rows": 3} and theirs["system"] == "transformers"
     assert all(row["tokens_per_s"] > 0 and row["ms_per_token"] > 0 for row in rows)
     assert ours["greedy_is_argmax"] == ours["greedy_is_generate"] == 1.0
-    assert ours["log_p_off"] < 1e-4 and ours["stale_tokens"] == 0 and ours["tokens_that_tell"] > 0
+    assert ours["log_p_off"] < 1e-4 and ours["stale_tokens"] == 0 and ours["tokens_after_update"] == 24
+    assert ours["tokens_that_tell"] > 0
     assert "0 of 24" in rollout.table(rows)
 
 
