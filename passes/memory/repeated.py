@@ -73,7 +73,7 @@ class Deep:
         self.outside = 0.0  # seconds of what backward runs again of the rest of the model
         self.parts = {source: [self._stretches(source, rank) for rank in self.ranks] for source in {*self.sources}}
         self.ends = self.parts[self.sources[-1]]
-        self.others: dict[frozenset[int], Deep] = {}
+        self.others: dict[Any, Deep] = {}
         self.rungs: dict[int, Planned] = {}
 
     @functools.cached_property
@@ -111,6 +111,14 @@ class Deep:
         if gone not in self.others:
             self.others[gone] = Deep(self.planner, self.like, self.standing, away, gone)
         return self.others[gone]
+
+    def slicing(self, rows: int) -> Deep | None:
+        """The same with stretches of layers run on so many tokens at a time; None where there are none."""
+        if ("rows", rows) not in self.others:
+            if (planner := self.planner.slicing(rows)) is None:
+                return None
+            self.others["rows", rows] = Deep(planner, self.like, self.standing)
+        return self.others["rows", rows]
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
@@ -159,10 +167,15 @@ class Deep:
             peak_bytes=timeline.peak,
             seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
             parts=timeline.parts,
-            words=in_words(layers, kept, sorted(self.gone)),
+            words="; ".join(filter(None, (in_words(layers, kept, sorted(self.gone)), self._in_slices))),
             host_bytes=moved,
+            rows=self.planner.rows,
         )
         return plan, timeline
+
+    @functools.cached_property
+    def _in_slices(self) -> str:
+        return self.planner.in_slices(self.planner.smallest[0], self.like)
 
     # -- stretches -----------------------------------------------------------------------------------------------------
 
