@@ -17,8 +17,9 @@ text, so that a graph that comes out of a cache brings its own:
      "flops": per token}
 
 A call is {"call": "aten::mm.default", "args": […], "kwargs": {…}, "makes": number, "last": [number, …]}; values are
-numbered from 0, x and rows first, then whole. An argument is a number, None, a text, a list of arguments, or
-{"value": number}, {"dtype": …}, {"device": …}, or {"tokens": 0} for the rows of a slice. ``last`` are the values that nobody reads after.
+numbered from 0, x and rows first, then whole, and ``last`` are those that nobody reads after it. An argument is a
+number, None, a text, a list of arguments, {"value": number}, {"dtype": …}, {"device": …}, or {"tokens": 0} for the rows
+of a slice.
 """
 
 from __future__ import annotations

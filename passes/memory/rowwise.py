@@ -294,9 +294,9 @@ def _product(rules: Rules, node: fx.Node) -> Ruled | None:
     a, b = node.args[-2:]
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None
-    if rules.rows(a) and rules.whole(b) and rules.lead(a) == 1 and a.meta["val"].dim() == 2:
-        if bias is None or (rules.whole(bias) and bias.meta["val"].dim() == 1) or rules.rows(bias):  # type: ignore[union-attr]
-            return _one(node.target, node.args, node.kwargs)
+    told = bias is None or rules.rows(bias) or (rules.whole(bias) and bias.meta["val"].dim() == 1)  # type: ignore[union-attr]
+    if told and rules.rows(a) and rules.whole(b) and rules.lead(a) == 1 and a.meta["val"].dim() == 2:
+        return _one(node.target, node.args, node.kwargs)
     if bias is None and rules.of(a) is Kind.COLUMNS and rules.rows(b) and rules.lead(b) == 1:
         return _one(node.target, node.args, node.kwargs, Kind.SUM)
     return None

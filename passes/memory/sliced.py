@@ -88,9 +88,9 @@ class _Body:
         """Views of inner values that nothing outside reads."""
         inner: set[fx.Node] = set()
         for node in reversed(graph.nodes):
-            if _shows(node) and node not in self.inside and base_of(node) in self.inside:
-                if all(u in self.inside or u in inner for u in node.users):
-                    inner.add(node)
+            shown = _shows(node) and node not in self.inside and base_of(node) in self.inside
+            if shown and all(u in self.inside or u in inner for u in node.users):
+                inner.add(node)
         return inner
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -181,7 +181,7 @@ def _program(
     body: _Body, rules: Rules, sizes: Sizes, with_rows: Sequence[fx.Node], whole: Sequence[fx.Node]
 ) -> tuple[str, list[int]]:
     """The text, and which of the whole inputs it reads."""
-    calls = {n: ruled for n, ruled in rules.ruled.items()}
+    calls = rules.ruled
     for node, ruled in calls.items():
         if not isinstance(ruled, Ruled):
             raise NotSliced(f"{node.name}: {ruled}")

@@ -92,8 +92,8 @@ def sliced_in_words(operations: Iterable[fx.Node], layers: Sequence[int], count:
     common = [part for part, *others in zip(*places, strict=False) if all(part == other for other in others)]
     what = ".".join(common) or "the widest values"
     return (
-        f"{what} of {len(layers)} of {count} layers ({_spans(layers)}) in slices of {rows:,} tokens, whose sums round in "
-        "another order"
+        f"{what} of {len(layers)} of {count} layers ({_spans(layers)}) in slices of {rows:,} tokens, whose sums round "
+        "in another order"
     )
 
 
