@@ -105,11 +105,9 @@ class Planner:
         return other if any(other.smallest[0].stretches) else None
 
     def why_not_sliced(self) -> str:
-        """Why no layer is run in slices, in words; nothing where some can be, or where it is not known."""
+        """Why a layer's widest values lie in memory as a whole; nothing where none does, or where nobody has asked."""
         found = self.liveness.slicing
-        if found is None or any(found.members.values()):
-            return ""
-        return next(filter(None, found.reasons.values()), "")
+        return "" if found is None else next(iter(found.reasons.values()), "")
 
     def in_slices(self, plan: Plan, like: Sequence[int] | None = None) -> str:
         """What a plan runs in slices, in words.

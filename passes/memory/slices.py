@@ -121,22 +121,25 @@ class Slicing:
         """By layer its widest values that need not lie in memory as a whole."""
         found: dict[tuple[str, int], list[fx.Node]] = defaultdict(list)
         most: dict[tuple[str, int], int] = {}
+        refusals: dict[tuple[str, int], tuple[int, str]] = {}
         for operation in graph.order:
             layer = self.home.get(operation)
             if layer is None or layer in self.wide:
                 continue
             for v in self.writes[operation]:
-                if self.rules.of(v) is not Kind.ROWS or self.size[v] < most.get(layer, 0):
+                size, readers = self.size[v], graph.readers.get(v, ())
+                if self.rules.of(v) is not Kind.ROWS or not readers or v in graph.held:
                     continue
-                readers = graph.readers.get(v, ())
                 refused = [r for r in (self.why_not(operation), *(self.link(reader, v) for reader in readers)) if r]
-                if refused or not readers or v in graph.held:
-                    self.reasons.setdefault(layer, refused[0] if refused else "")
-                    continue
-                if self.size[v] > most.get(layer, 0):
-                    found[layer].clear()
-                most[layer] = self.size[v]
-                found[layer].append(v)
+                if refused:
+                    refusals[layer] = max(refusals.get(layer, (0, "")), (size, refused[0]))
+                elif size >= most.get(layer, 0):
+                    if size > most.get(layer, 0):
+                        found[layer].clear()
+                    most[layer] = size
+                    found[layer].append(v)
+        wider = {layer: reason for layer, (size, reason) in refusals.items() if size >= most.get(layer, 0)}
+        self.reasons |= wider
         return found
 
     def _stretches(self, kind: str, graph: _Order) -> list[Stretch]:
