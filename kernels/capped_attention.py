@@ -29,8 +29,6 @@ from .reasons import dtype_is, small_card
 
 WIDEST = 256
 """Of a head: four tiles of it are in shared memory at a time."""
-NARROW = 64
-"""Heads up to this width fit a card with 64 KiB of shared memory: wider ones take 80 or 96 in backward."""
 
 # -- where the documents are -------------------------------------------------------------------------------------------
 
@@ -203,8 +201,8 @@ def _supports(
         return reason
     if any(not isinstance(x.shape[3], int) or x.shape[3] > WIDEST for x in (q, v)):
         return f"the heads of q and v are {q.shape[3]} and {v.shape[3]} wide, the kernel takes at most {WIDEST}"
-    if max(q.shape[3], v.shape[3]) > NARROW and (reason := small_card(q)):
-        return f"{reason} for heads of {max(q.shape[3], v.shape[3])}"
+    if reason := small_card(q):
+        return reason
     if cap <= 0 or (window is not None and window < 1):
         return f"cap {cap} and window {window} have to be positive"
     if starts is not None and not statically_known_true(starts.shape[0] == q.shape[0]):

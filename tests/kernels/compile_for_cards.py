@@ -125,8 +125,8 @@ def losses(dtype: torch.dtype, rows: int) -> None:
     linear_cross_entropy.forward(hidden, weight, None, torch.zeros(rows, dtype=torch.int64), *settings)
 
 
-def capped(dtype: torch.dtype, rows: int, width: int) -> str | None:
-    shapes = (1, 2, rows, width), (1, 1, rows, width)
+def capped(dtype: torch.dtype, rows: int) -> str | None:
+    shapes = (1, 2, rows, 256), (1, 1, rows, 256)
     q, k = (on_card(*shape, dtype=dtype) for shape in shapes)
     if reason := capped_attention.supports(q, k, k, None, 0.1, 30, 50.0):
         return reason
@@ -137,15 +137,6 @@ def capped(dtype: torch.dtype, rows: int, width: int) -> str | None:
     return None
 
 
-def capped_wide(dtype: torch.dtype, rows: int) -> str | None:
-    return capped(dtype, rows, 256)
-
-
-def capped_narrow(dtype: torch.dtype, rows: int) -> str | None:
-    """What is left to the cards that refuse the wide heads."""
-    return capped(dtype, rows, 64) if Card.capability < 80 else None
-
-
 def paged(dtype: torch.dtype, rows: int) -> None:
     q, k, pages = (empty(*shape, dtype=dtype) for shape in ((2, 32, 1, 256), (2, 8, 1, 256), (8, 8, 32, 256)))
     tables, lengths = empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int32)
@@ -153,7 +144,7 @@ def paged(dtype: torch.dtype, rows: int) -> None:
 
 
 SAMPLES: tuple[Callable[[torch.dtype, int], str | None], ...] = (
-    norms, gates, rotation, weights, products, thin, losses, capped_wide, capped_narrow, paged,
+    norms, gates, rotation, weights, products, thin, losses, capped, paged,
 )  # fmt: skip
 """Each compiles what its operators launch, or says why they refuse to. Widest first: they take most memory."""
 
