@@ -29,6 +29,7 @@ from torch import nn
 SETTLING = 1.0
 """Seconds in which a stopped system's device finishes what was launched."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""That get adapters; of a mixture of experts the first four, because PEFT would make one for each expert."""
 RANK = 16
 
 
@@ -74,7 +75,8 @@ def _adapted(model: nn.Module, work: Workload) -> nn.Module:
         return model.train()
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
+    linears = LINEARS[:4] if getattr(model.config, "num_experts", None) else LINEARS
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=linears, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
     _randomise(adapted)
     return adapted.train()

@@ -116,9 +116,12 @@ class Pending:
         self._compiled = pool.submit(self.compile)
 
     def compile(self) -> None:
-        """Compile it, for the device that its tensors are on."""
-        with torch.cuda.device(self._device) if torch.cuda.is_available() else contextlib.nullcontext():
+        """Compile it, and where its tensors' device is there, load it, and build what launches it (by a C compiler)."""
+        if not torch.cuda.is_available():
             self._warm_up()
+            return
+        with torch.cuda.device(self._device):
+            self._warm_up()[1, 1, 1]
 
     def wait(self) -> None:
         """Until it is compiled, or has failed: the launch then finds out for itself why."""
