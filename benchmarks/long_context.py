@@ -82,7 +82,8 @@ def told(row: dict[str, Any]) -> str:
         f"  step    {row['seconds']:.2f} s: forward {row['forward_s']:.2f}, backward {row['backward_s']:.2f}, "
         f"optimiser {row['optimiser_s']:.2f}; {row['tokens_per_s']:,.0f} tokens/s",
         f"  GiB     {memory}; in host memory {row['host_gib']:.2f}, locked {row['locked_gib']:.2f}",
-        f"  before  weights {row['loading_s']:.1f} s, compiling {row['compile_s']:.1f} s, locking {row['lock_s']:.1f} s",
+        f"  before  weights {row['loading_s']:.1f} s, compiling {row['compile_s']:.1f} s, locking memory "
+        f"{row['lock_s']:.1f} s",
         f"  numbers loss {row['loss']:.6f}, grad_norm {row['grad_norm']:.6g}",
         f"  plan    {row['policy']}: {row['plan']}",
     ]

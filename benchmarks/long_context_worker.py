@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from unsloth.compiler import lower
 from unsloth.compiler.options import Options
@@ -70,14 +71,16 @@ class Locking(Partitioner):
     """Locks the host memory that a plan asks for as soon as there is one, and takes the time."""
 
     seconds = 0.0
+    lock = staticmethod(lambda size: pinned.empty_like(torch.empty(size, dtype=torch.uint8, device="meta")))
 
     def choose(self, joint: Joint, gradients: Sequence[Any]) -> Plan:
         plan = super().choose(joint, gradients)
         started, away = time.perf_counter(), set(plan.offloaded)
         sizes = [nbytes(n) for n in joint.forward if n.name in away]
-        if torch.cuda.is_available():
+        with _disable_current_modes():  # this is called while tensors are fake
             # All at one time, so that each value finds a buffer of its own when the step runs.
-            _ = [pinned.empty_like(torch.empty(size, dtype=torch.uint8, device="meta")) for size in sizes]
+            held = [self.lock(size) for size in sizes]
+            del held
         Locking.seconds = time.perf_counter() - started
         print(plan, {name: f"{size / GIB:.2f} GiB" for name, size in plan.parts.items()}, file=sys.stderr, flush=True)
         return plan
