@@ -40,7 +40,7 @@ def step_of(args: argparse.Namespace) -> Step:
     """
     budget = parse_bytes(args.budget)
     return Step(
-        args.shape, args.layers, not args.lora, args.rank, args.batch, args.tokens, 0 if budget is None else budget,
+        f"{args.shape}@{args.layers}" if args.layers else args.shape, not args.lora, args.rank, args.batch, args.tokens, 0 if budget is None else budget,
         parse_bytes(args.host, "host_memory_budget"), parse_bytes(args.card), args.rest, args.device,
     )  # fmt: skip
 
@@ -70,8 +70,7 @@ def compared(row: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 def told(row: dict[str, Any]) -> str:
     """A row in words."""
     step = row["step"]
-    depth = f"{step['layers']} layers of " if step["layers"] else ""
-    name = f"{depth}{step['shape']}, rank {step['rank']}, {step['batch']} x {step['tokens']:,} tokens"
+    name = f"{step['shape']}, rank {step['rank']}, {step['batch']} x {step['tokens']:,} tokens"
     if "error" in row:
         return f"{name}: failed: {row['error'][:300]}"
     memory = f"predicted {row['predicted_gib']:.2f}"
@@ -92,14 +91,14 @@ def told(row: dict[str, Any]) -> str:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Rows as markdown."""
-    head = ("shape", "layers", "tokens", "s", "tokens/s", "predicted GiB", "measured GiB", "reserved GiB", "host GiB")
+    head = ("shape", "tokens", "s", "tokens/s", "predicted GiB", "measured GiB", "reserved GiB", "host GiB")
     lines = [head, ("---", *["---:"] * (len(head) - 1))]
     for row in rows:
         if "error" not in row:
             step = row["step"]
             sizes = [row[f"{n}_gib"] for n in ("predicted", "measured", "reserved", "host")]
             shown = ["–" if size is None else f"{size:.2f}" for size in sizes]
-            first = [step["shape"], str(step["layers"] or "all"), f"{step['tokens']:,}", f"{row['seconds']:.1f}"]
+            first = [step["shape"], f"{step['tokens']:,}", f"{row['seconds']:.1f}"]
             lines.append((*first, f"{row['tokens_per_s']:,.0f}", *shown))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -120,7 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--rest", type=int, default=0, help="further steps, each timed")
     arguments.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--limit", type=int, default=1800, help="seconds for a step")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/long/SHAPE-LAYERSxTOKENS.json)")
+    arguments.add_argument(
+        "--out", help="result file (default: benchmarks/results/long/SHAPE-MODE-BATCHxTOKENS-DEVICE.json)"
+    )
     args = arguments.parse_args(argv)
     try:
         steps = [step_of(args)]
@@ -128,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
             steps.append(dataclasses.replace(steps[0], budget=parse_bytes(args.check) or 0))
     except OptionError as error:
         arguments.error(str(error))
-    depth = f"{args.layers}-layers-" if args.layers else ""
-    name = f"{args.shape}-{'lora' if args.lora else 'qlora'}-{depth}{args.batch}x{args.tokens}-{args.device}.json"
+    mode = "lora" if args.lora else "qlora"
+    name = f"{steps[0].shape}-{mode}-{args.batch}x{args.tokens}-{args.device}.json"
     path, rows = Path(args.out) if args.out else RESULTS / "long" / name, []
     for step in steps:
         rows.append(measure(step, args.limit))

@@ -43,8 +43,7 @@ class Step:
     """What is run.
 
     Attributes:
-        shape: a preset.
-        layers: how many of it; None for all.
+        shape: a preset, perhaps with a number of layers: llama-8b@8.
         quantised: whether the base is in NF4.
         rank: of the adapters on all linear layers.
         batch, tokens: sequences, and tokens of each.
@@ -55,7 +54,6 @@ class Step:
     """
 
     shape: str
-    layers: int | None
     quantised: bool
     rank: int
     batch: int
@@ -89,7 +87,7 @@ class Locking(Partitioner):
 def model_of(step: Step) -> nn.Module:
     """A random model with random adapters; quantised layer by layer."""
     dtype = torch.bfloat16 if step.device == "cuda" else torch.float32
-    given: dict[str, Any] = {"dtype": dtype, "device": step.device, "layers": step.layers}
+    given: dict[str, Any] = {"dtype": dtype, "device": step.device}
     if step.quantised:
         pack = functools.partial(quantise_nf4, compute_dtype=dtype)
         model: nn.Module = build_packed(step.shape, lambda model, make: pack(model, make=make), **given)

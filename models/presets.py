@@ -136,18 +136,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Configuration by preset name; ``model_type`` chooses the architecture."""
 
 
-def config(name: str, *, layers: int | None = None) -> PreTrainedConfig:
-    """The configuration of a preset.
-
-    Args:
-        layers: how many it has, in place of the published number.
+def config(name: str) -> PreTrainedConfig:
+    """The configuration of a preset; ``llama-8b@4`` is that of its shape with four layers.
 
     Raises:
         KeyError: for a name that is not in :data:`SHAPES`.
+        ValueError: for a number of layers that is none.
     """
-    settings = dict(SHAPES[name])
-    if layers is not None:
-        settings["num_hidden_layers"] = layers
+    shape, _, layers = name.partition("@")
+    settings = dict(SHAPES[shape])
+    if layers:
+        settings["num_hidden_layers"] = int(layers)
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
@@ -166,7 +165,7 @@ def build(
     notice when one of them is forgotten.
 
     Args:
-        name: a key of :data:`SHAPES`.
+        name: a key of :data:`SHAPES`, perhaps with a number of layers, as :func:`config` takes it.
         attn_implementation: "sdpa", "eager", …; None is transformers' own choice, which is "sdpa" wherever the
             architecture has it (Gemma 2 caps its scores and has not).
         seed: of the weights; the caller's random state is left as it was.
@@ -191,7 +190,6 @@ def build_packed(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
-    layers: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A model as :func:`build` makes it, whose linear layers get their weights one by one and are packed at once.
@@ -202,7 +200,6 @@ def build_packed(
         pack: called with the model, on the meta device but for what is no linear layer, and with what gives one of its
             linear layers random weights on ``device``; packs each before it goes on to the next
             (:func:`.quantise.quantise_nf4`).
-        layers: how many the model has, in place of the published number.
         seed: of the weights; the caller's random state is left as it was.
 
     Raises:
@@ -211,7 +208,7 @@ def build_packed(
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config(name, layers=layers), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config(name), dtype=dtype)
 
     @torch.no_grad()
     def make(module: nn.Module) -> None:
