@@ -38,11 +38,10 @@ def step_of(args: argparse.Namespace) -> Step:
     Raises:
         OptionError: for a size that is none.
     """
-    budget = parse_bytes(args.budget)
-    return Step(
-        f"{args.shape}@{args.layers}" if args.layers else args.shape, not args.lora, args.rank, args.batch, args.tokens, 0 if budget is None else budget,
-        parse_bytes(args.host, "host_memory_budget"), parse_bytes(args.card), args.rest, args.device,
-    )  # fmt: skip
+    shape = f"{args.shape}@{args.layers}" if args.layers else args.shape
+    budget, host = parse_bytes(args.budget) or 0, parse_bytes(args.host, "host_memory_budget")
+    sizes = args.rank, args.batch, args.tokens, budget, host, parse_bytes(args.card)
+    return Step(shape, not args.lora, *sizes, args.rest, args.device)
 
 
 def measure(step: Step, limit: int) -> dict[str, Any]:
