@@ -103,12 +103,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset.
+    """The configuration of a preset; ``llama-8b@4`` is that of its shape with four layers.
 
     Raises:
         KeyError: for a name that is not in :data:`SHAPES`.
+        ValueError: for a number of layers that is none.
     """
-    settings = dict(SHAPES[name])
+    shape, _, layers = name.partition("@")
+    settings = dict(SHAPES[shape])
+    if layers:
+        settings["num_hidden_layers"] = int(layers)
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
@@ -127,7 +131,7 @@ def build(
     notice when one of them is forgotten.
 
     Args:
-        name: a key of :data:`SHAPES`.
+        name: a key of :data:`SHAPES`, perhaps with a number of layers, as :func:`config` takes it.
         attn_implementation: "sdpa", "eager", …; None is transformers' own choice, which is "sdpa" wherever the
             architecture has it (Gemma 2 caps its scores and has not).
         seed: of the weights; the caller's random state is left as it was.
