@@ -90,10 +90,9 @@ def model_of(work: Rollout) -> tuple[nn.Module, list[list[int]]]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         file = Path(work.weights)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype).to(work.device)
-        return worker._adapted(model, _as_step(work)).eval(), _of_text(
-            work, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return worker._adapted(model.to(work.device), _as_step(work)).eval(), _of_text(work, tokenizer)
     generator = torch.Generator().manual_seed(0)
     vocabulary = worker._models("presets").config(work.shape).vocab_size
     prompts = torch.randint(vocabulary, (work.sequences // work.group, work.prompt), generator=generator).tolist()

@@ -261,8 +261,8 @@ def main() -> None:
     }
     picture = plot([facts], given.folder / "reward.png")
     (given.folder / "reward.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    before, after = held_out[0], held_out[given.steps]
-    print(f"mean reward on held-out problems {before:.3f}, after {facts['seconds']:.0f} s; {picture}")
+    before, after, seconds = held_out[0], held_out[given.steps], facts["seconds"]
+    print(f"mean reward on held-out problems {before:.3f} before, {after:.3f} after; {seconds:.0f} s; {picture}")
     if given.steps >= 30 and gain < LEAST_GAIN:
         raise SystemExit(f"it should have risen by {LEAST_GAIN}: see above")
 
