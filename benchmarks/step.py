@@ -157,7 +157,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{ms:>9.1f}{peak[0]:>10}{peak[1]:>10}"
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
+        if "profile" in row:
+            lines.append(_profile_line(row["profile"], row["floor"]))
     return "\n".join(lines)
+
+
+def _profile_line(profile: dict[str, float], floor: dict[str, float]) -> str:
+    parts = [
+        f"{kind} {profile[f'{kind}_ms']:.1f}" + (f" (floor {floor[f'{kind}_ms']:.1f})" if f"{kind}_ms" in floor else "")
+        for kind in ("products", "attention", "rest", "idle")
+    ]
+    return f"    {profile['span_ms']:.1f} ms in {profile['kernels']:.0f} kernels: {', '.join(parts)}"
 
 
 def label(row: dict[str, Any]) -> str:
@@ -195,7 +205,11 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
     )
-    arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
+    arguments.add_argument(
+        "--profile",
+        action="store_true",
+        help="split a step into products, attention, rest and idle, beside the floor, and write its kernels by time",
+    )
     return arguments
 
 
@@ -228,7 +242,7 @@ def measure_workload(args: argparse.Namespace) -> None:
         for future in as_completed([pool.submit(measure, name, args, path, together) for name in names]):
             row = future.result()
             write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-            print(table([row]).splitlines()[-1], flush=True)
+            print(*table([row]).splitlines()[1:], sep="\n", flush=True)
     print(f"\n{table(read(path))}\n\n{path}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import step, suites, table, worker
+from benchmarks import profiled, step, suites, table, worker
 from unsloth.models.presets import SHAPES
 
 TINY = ["--shape", "tiny-llama", "--batch", "2", "--seq", "16", "--device", "cpu", "--steps", "2", "--warmup", "1"]
@@ -149,6 +149,22 @@ def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: p
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_profile_is_split_by_what_kernels_compute() -> None:
+    kernels = [
+        ("nvjet_tst_128x256_64x4_TNT", 0, 400),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", 500, 700),
+        ("_descriptor_kernel", 650, 750),  # beside the one before
+        ("_glu_forward_kernel", 750, 800),
+    ]
+    parts = profiled.split(profiled.Kernel(name, start, end) for name, start, end in kernels)
+    times = {"products_ms": 0.5, "attention_ms": 0.2, "rest_ms": 0.05, "idle_ms": 0.1, "span_ms": 0.8}
+    assert parts == pytest.approx({**times, "kernels": 4})
+    row = {"system": "ours", "workload": {"options": {}, "checkpointing": "none"}, "tokens_per_s": 1.0, "losses": [1.0]}
+    row |= {"ms_median": 1.0, "first_step_s": 1.0, "peak_allocated_gib": None, "peak_reserved_gib": None}
+    text = step.table([row | {"profile": parts, "floor": {"products_ms": 0.4, "attention_ms": 0.1}}])
+    assert "0.8 ms in 4 kernels: products 0.5 (floor 0.4), attention 0.2 (floor 0.1), rest 0.1, idle 0.1" in text
 
 
 def _state(pid: int) -> str:
