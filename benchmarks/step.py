@@ -1,6 +1,7 @@
 """Time and memory of one training step, system against system.
 
     python -m benchmarks.step --shape llama-1b --mode lora --batch 4 --seq 2048 --systems ours,inductor,hf
+    python -m benchmarks.step --suite peers --peer-site DIR [--only 8b-qlora]      # the rows of benchmarks/suites.py
 
 One process per system. Every row is written as soon as it is measured, so an interrupted run goes on where it stopped.
 A variant of ours carries its options in its name: ``ours:logits=drop``, ``ours:disable=rope+glu``. A peer that has our
@@ -23,10 +24,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from .suites import SUITES, Work
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SYSTEMS = ("ours", "recorded", "inductor", "hf", "trl", "liger", "unsloth")
+SYSTEMS = ("ours", "recorded", "inductor", "hf", "float32", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
+CLOSE = {"loss": 1e-3, "grad_norm": 2e-2}
+"""Relative to float32. bfloat16 rounds by up to 2^-9 = 2e-3 at each operator; a mean over thousands of tokens and a
+norm over millions of gradients keep little of it: 1e-4 and 3e-3 between systems that compute the same. A system that
+leaves out a token, a layer or a gradient is off by more."""
 WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
 """Arguments of the command line that make two rows of one system different measurements, beside its options."""
 
@@ -154,7 +161,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{ms:>9.1f}{peak[0]:>10}{peak[1]:>10}"
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
+        if "profile" in row:
+            lines.append(_profile_line(row["profile"], row["floor"]))
     return "\n".join(lines)
+
+
+def _profile_line(profile: dict[str, float], floor: dict[str, float]) -> str:
+    parts = [
+        f"{kind} {profile[f'{kind}_ms']:.1f}" + (f" (floor {floor[f'{kind}_ms']:.1f})" if f"{kind}_ms" in floor else "")
+        for kind in ("products", "attention", "rest", "idle")
+    ]
+    return f"    {profile['span_ms']:.1f} ms in {profile['kernels']:.0f} kernels: {', '.join(parts)}"
 
 
 def label(row: dict[str, Any]) -> str:
@@ -181,7 +198,10 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--checkpointing", choices=("none", "hf", "unsloth"), default="none")
     arguments.add_argument("--peer-site", help="folder into which the peers were installed")
     arguments.add_argument("--limit", type=int, default=600, help="seconds per system")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-DEVICE.json)")
+    arguments.add_argument("--suite", choices=SUITES, help="measure the workloads of a suite, each into its own file")
+    arguments.add_argument("--only", default="", help="of a suite the workloads whose name has this in it")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-CARD.json)")
+    arguments.add_argument("--card", help="how the result file calls the device, as h100 (default: as --device)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     arguments.add_argument(
         "--parallel",
@@ -189,32 +209,84 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
     )
-    arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
+    arguments.add_argument(
+        "--profile",
+        action="store_true",
+        help="split a step into products, attention, rest and idle, beside the floor, and write its kernels by time",
+    )
     return arguments
 
 
-def _is_there(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> bool:
-    system, options = parse_system(name)
-    wanted = key({"system": system, "workload": {n: getattr(args, n) for n in WORKLOAD} | {"options": options}})
-    return any(key(r) == wanted and "error" not in r for r in rows)
+def result_file(args: argparse.Namespace) -> Path:
+    """Where the rows of a workload are kept."""
+    default = RESULTS / f"{args.shape}-{args.mode}-{args.batch}x{args.seq}-{args.card or args.device}.json"
+    return Path(args.out) if args.out else default
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """Which of the systems asked for have no row yet, or one of a failure.
+
+    Raises:
+        ValueError: for a system that there is not: it is noticed before the first one has run for minutes.
+    """
+    wanted = {}
+    for name in args.systems.split(","):
+        system, options = parse_system(name)
+        wanted[name] = {"system": system, "workload": {n: getattr(args, n) for n in WORKLOAD} | {"options": options}}
+    there = set() if args.force else {key(row) for row in read(result_file(args)) if "error" not in row}
+    return [name for name, row in wanted.items() if key(row) not in there]
+
+
+def measure_workload(args: argparse.Namespace) -> None:
+    """Measure what one workload's file lacks, row by row, and print the whole."""
+    path = result_file(args)
+    names = missing(args)
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(args.parallel) as pool:
+        together = turns if args.parallel > 1 else None
+        for future in as_completed([pool.submit(measure, name, args, path, together) for name in names]):
+            row = future.result()
+            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+            print(*table([row]).splitlines()[1:], sep="\n", flush=True)
+    print(f"\n{table(read(path))}\n\n{path}", *deviations(read(path)), sep="\n")
+
+
+def deviations(rows: list[dict[str, Any]]) -> list[str]:
+    """Which systems train something else than float32 does, by their first loss and the norm of their first gradient.
+
+    Args:
+        rows: of one shape, mode and batch. Without one of "float32" nothing is known; older rows lack the norm.
+    """
+    truth = next((r for r in rows if r["system"] == "float32" and "error" not in r), None)
+    found = []
+    for row in rows if truth else ():
+        if "first_grad_norm" not in row:
+            continue
+        for name, ours, its in (
+            ("loss", row["losses"][0], truth["losses"][0]),
+            ("grad_norm", row["first_grad_norm"], truth["first_grad_norm"]),
+        ):
+            if not abs(ours - its) <= CLOSE[name] * abs(its):
+                found.append(f"{label(row)}: {name} of the first step is {ours:.6g}, in float32 {its:.6g}")
+    return found
+
+
+def of_suite(work: Work, args: argparse.Namespace) -> argparse.Namespace:
+    """The command line with a workload of a suite in place of the one that it names."""
+    settings = {name: value for name, value in work._asdict().items() if name != "name"}
+    return argparse.Namespace(**{**vars(args), **settings, "systems": ",".join(work.systems)})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, row by row."""
     args = parser().parse_args(argv)
-    default = RESULTS / f"{args.shape}-{args.mode}-{args.batch}x{args.seq}-{args.device}.json"
-    path = Path(args.out) if args.out else default
-    names = args.systems.split(",")
-    for name in names:
-        parse_system(name)  # a misspelt system is noticed before the first one has run for minutes
-    missing = names if args.force else [n for n in names if not _is_there(n, args, read(path))]
-    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(args.parallel) as pool:
-        together = turns if args.parallel > 1 else None
-        for future in as_completed([pool.submit(measure, name, args, path, together) for name in missing]):
-            row = future.result()
-            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-            print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
+    if args.suite is None:
+        return measure_workload(args)
+    chosen = [of_suite(work, args) for work in SUITES[args.suite] if args.only in work.name]
+    for each in chosen:
+        missing(each)  # a misspelt system is noticed before the first one has run for minutes
+    for each in chosen:
+        measure_workload(each)
+    return None
 
 
 if __name__ == "__main__":

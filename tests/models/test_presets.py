@@ -12,12 +12,28 @@ TINY = [name for name in presets.SHAPES if name.startswith("tiny-")]
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("qwen3-4b", 4_022_468_096)]
+    ("name", "parameters"),
+    [
+        ("llama-1b", 1_235_814_400),
+        ("llama-8b", 8_030_261_248),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-30b-a3b-12", 8_099_779_584),  # of 30,532,122,624: 36 layers of 623,120,640 fewer
+    ],
 )
 def test_real_shapes_have_the_published_size(name, parameters):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(presets.config(name))
     assert model.num_parameters() == parameters
+
+
+def test_a_preset_can_be_cut_to_fewer_layers():
+    assert presets.config("llama-8b@4").num_hidden_layers == 4
+    whole, cut = presets.config("tiny-llama").to_dict(), presets.config("tiny-llama@1").to_dict()
+    assert {k for k in whole if whole[k] != cut[k]} <= {"num_hidden_layers", "layer_types"}
+    with pytest.raises(KeyError):
+        presets.config("llama-9b@4")
+    with pytest.raises(ValueError, match="four"):
+        presets.config("tiny-llama@four")
 
 
 @pytest.mark.parametrize("name", TINY)
