@@ -4,11 +4,11 @@
     python -m benchmarks.long_context --shape llama-70b --tokens 4096 --budget 43GiB --card 47GB --rest 1
     python -m benchmarks.long_context --shape llama-8b --layers 8 --tokens 32768 --rank 32 --budget 0 --check 40GiB
 
-Weights are random and in NF4, made and packed one by one (``--lora`` for bf16). A long step takes minutes and is measured
-once, the first time that it runs; what forward takes to compile is left out, and backward compiles meanwhile. ``--rest
-1`` measures a second one in its place. ``--check`` runs the same step under another budget too, and compares loss and
-grad_norm: a plan changes no number but for what the attention library adds up in no fixed order. Each run is a process
-of its own, written at once to benchmarks/results/long.
+Weights are random and in NF4, made and packed one by one (``--lora`` for bf16). A long step takes minutes and is
+measured once, the first time that it runs; what forward takes to compile is left out, and backward compiles meanwhile.
+``--rest 1`` measures a second one in its place. ``--check`` runs the same step under another budget too, and compares
+loss and grad_norm: a plan changes no number but for what the attention library adds up in no fixed order. Each run is a
+process of its own, written at once to benchmarks/results/long.
 """
 
 from __future__ import annotations
