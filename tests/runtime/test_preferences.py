@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +15,13 @@ from peft import PeftModel
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TheirORPOTrainer
 
+from tests.runtime.test_replan import short_of_memory
 from tests.runtime.test_smaller import Memory
 from tests.runtime.test_train import checkpoint, command  # noqa: F401
 from tests.runtime.test_trainer import EAGER, adapted
-from unsloth.compiler.options import Options
 from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.models.presets import build
-from unsloth.passes.memory.plan import Plan
-from unsloth.runtime import replan
 from unsloth.runtime.data import DataError, Templates, load_data
 from unsloth.runtime.finite import TrainingError
 from unsloth.runtime.preferences import DPOTrainer, ORPOTrainer
@@ -196,25 +193,7 @@ def test_a_smaller_plan_comes_before_smaller_batches(tmp_path, caplog, monkeypat
     """In the middle of a step, whose earlier micro-batch is done again: the log is what it would have been."""
     _, ours, config = METHODS[method]
     before = everything(make(ours, config, tmp_path / "whole", {"compile": False}, **{**UNEVEN, **settings}))
-    budgets: list[int | None] = []
-
-    def compiled(function: Any, options: Options, reports: list[Any]) -> Any:
-        budgets.append(options.memory_budget)
-        plan = Plan("mixed", {}, 0, "", peak_bytes=options.memory_budget or 1 << 30)
-        calls = 0
-
-        def run(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            reports.extend([SimpleNamespace(partitioner=SimpleNamespace(last_plan=plan, last_floor=0))] * (not calls))
-            calls += torch.is_grad_enabled()
-            if calls > len(budgets) and len(budgets) < 3:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-            return function(*arguments, **named)
-
-        return run
-
-    monkeypatch.setattr(replan, "compiled", compiled)
-    monkeypatch.setattr(replan, "_within_reach", lambda: None)
+    budgets = short_of_memory(monkeypatch)
     made = make(ours, config, tmp_path / "short", **{**UNEVEN, **settings})
     with caplog.at_level(logging.WARNING):
         found = everything(made)
