@@ -4,7 +4,7 @@ Started by ``benchmarks.rollout`` as ``benchmarks.worker`` is by ``benchmarks.st
 random, so the two likeliest tokens are often as likely as rounding leaves them: two roundings of one bfloat16 model
 agree less here than with weights that have learnt something, and once a token differs all that follow do. Hence two
 numbers of greedy tokens: how many are the model's own choice after the tokens before them, and how many are
-``generate``'s.
+``generate``'s. Trained weights, from a GGUF file, continue text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DOCUMENTATION = Path(__file__).parent.parent / "docs"
 ROWS = 4
 """Sequences whose logits the checks hold at a time."""
 
@@ -46,6 +47,7 @@ class Rollout:
         prompt, new: tokens.
         check: greedy tokens of each sequence that are compared; 0 for none.
         runs: timed.
+        weights: a GGUF file; None for random weights of the shape.
     """
 
     system: str
@@ -60,6 +62,7 @@ class Rollout:
     check: int
     runs: int
     device: str
+    weights: str | None = None
 
 
 def _as_step(work: Rollout) -> Any:
@@ -80,24 +83,43 @@ def _as_step(work: Rollout) -> Any:
     )
 
 
-def model_of(work: Rollout) -> nn.Module:
-    """The random model, with what the mode trains."""
+def model_of(work: Rollout) -> tuple[nn.Module, list[list[int]]]:
+    """The model with what the mode trains, and a prompt for each sequence."""
+    dtype = getattr(torch, work.dtype)
+    if work.weights is not None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        file = Path(work.weights)
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return worker._adapted(model.to(work.device), _as_step(work)).eval(), _of_text(work, tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = worker._models("presets").config(work.shape).vocab_size
+    prompts = torch.randint(vocabulary, (work.sequences // work.group, work.prompt), generator=generator).tolist()
     if work.system == "unsloth":
         model, _ = worker.unsloth(_as_step(work))
         from unsloth import FastLanguageModel
 
-        return FastLanguageModel.for_inference(model)
-    model = worker._models("presets").build(work.shape, dtype=getattr(torch, work.dtype), device=work.device)
+        return FastLanguageModel.for_inference(model), _grouped(work, prompts)
+    model = worker._models("presets").build(work.shape, dtype=dtype, device=work.device)
     if work.mode == "qlora":
         worker._quantise(model)
-    return worker._adapted(model, _as_step(work)).eval()
+    return worker._adapted(model, _as_step(work)).eval(), _grouped(work, prompts)
 
 
-def prompts_of(work: Rollout, vocabulary: int) -> list[list[int]]:
-    """Random tokens; each prompt as often as it is completed."""
-    generator = torch.Generator().manual_seed(0)
-    distinct = torch.randint(vocabulary, (work.sequences // work.group, work.prompt), generator=generator).tolist()
-    return [ids for ids in distinct for _ in range(work.group)]
+def _of_text(work: Rollout, tokenizer: Any) -> list[list[int]]:
+    """Prompts from the documentation, one behind the other."""
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCUMENTATION.glob("*.md")))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    count = work.sequences // work.group
+    if len(ids) < count * work.prompt:
+        raise ValueError(f"the documentation has {len(ids)} tokens, not {count} prompts of {work.prompt}")
+    return _grouped(work, [ids[i * work.prompt : (i + 1) * work.prompt] for i in range(count)])
+
+
+def _grouped(work: Rollout, prompts: list[list[int]]) -> list[list[int]]:
+    """Each prompt as often as it is completed."""
+    return [ids for ids in prompts for _ in range(work.group)]
 
 
 def by_generate(model: Any, work: Rollout, prompts: list[list[int]], new: int, sample: bool) -> Tensor:
@@ -177,8 +199,7 @@ def checks(model: Any, work: Rollout, prompts: list[list[int]]) -> dict[str, Any
 def measure(work: Rollout) -> dict[str, Any]:
     """Run the workload and return its row."""
     cuda = work.device == "cuda"
-    model = model_of(work)
-    prompts = prompts_of(work, worker._models("presets").config(work.shape).vocab_size)
+    model, prompts = model_of(work)
     run = by_ours if work.system == "ours" else by_generate
 
     def timed(new: int) -> float:

@@ -28,8 +28,12 @@ from .suites import SUITES, Work
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SYSTEMS = ("ours", "recorded", "inductor", "hf", "trl", "liger", "unsloth")
+SYSTEMS = ("ours", "recorded", "inductor", "hf", "float32", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
+CLOSE = {"loss": 1e-3, "grad_norm": 2e-2}
+"""Relative to float32. bfloat16 rounds by up to 2^-9 = 2e-3 at each operator; a mean over thousands of tokens and a
+norm over millions of gradients keep little of it: 1e-4 and 3e-3 between systems that compute the same. A system that
+leaves out a token, a layer or a gradient is off by more."""
 WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
 """Arguments of the command line that make two rows of one system different measurements, beside its options."""
 
@@ -160,7 +164,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{ms:>9.1f}{peak[0]:>10}{peak[1]:>10}"
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
+        if "profile" in row:
+            lines.append(_profile_line(row["profile"], row["floor"]))
     return "\n".join(lines)
+
+
+def _profile_line(profile: dict[str, float], floor: dict[str, float]) -> str:
+    parts = [
+        f"{kind} {profile[f'{kind}_ms']:.1f}" + (f" (floor {floor[f'{kind}_ms']:.1f})" if f"{kind}_ms" in floor else "")
+        for kind in ("products", "attention", "rest", "idle")
+    ]
+    return f"    {profile['span_ms']:.1f} ms in {profile['kernels']:.0f} kernels: {', '.join(parts)}"
 
 
 def label(row: dict[str, Any]) -> str:
@@ -198,7 +212,11 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
     )
-    arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
+    arguments.add_argument(
+        "--profile",
+        action="store_true",
+        help="split a step into products, attention, rest and idle, beside the floor, and write its kernels by time",
+    )
     return arguments
 
 
@@ -231,8 +249,28 @@ def measure_workload(args: argparse.Namespace) -> None:
         for future in as_completed([pool.submit(measure, name, args, path, together) for name in names]):
             row = future.result()
             write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-            print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
+            print(*table([row]).splitlines()[1:], sep="\n", flush=True)
+    print(f"\n{table(read(path))}\n\n{path}", *deviations(read(path)), sep="\n")
+
+
+def deviations(rows: list[dict[str, Any]]) -> list[str]:
+    """Which systems train something else than float32 does, by their first loss and the norm of their first gradient.
+
+    Args:
+        rows: of one shape, mode and batch. Without one of "float32" nothing is known; older rows lack the norm.
+    """
+    truth = next((r for r in rows if r["system"] == "float32" and "error" not in r), None)
+    found = []
+    for row in rows if truth else ():
+        if "first_grad_norm" not in row:
+            continue
+        for name, ours, its in (
+            ("loss", row["losses"][0], truth["losses"][0]),
+            ("grad_norm", row["first_grad_norm"], truth["first_grad_norm"]),
+        ):
+            if not abs(ours - its) <= CLOSE[name] * abs(its):
+                found.append(f"{label(row)}: {name} of the first step is {ours:.6g}, in float32 {its:.6g}")
+    return found
 
 
 def of_suite(work: Work, args: argparse.Namespace) -> argparse.Namespace:

@@ -29,6 +29,7 @@ from torch import nn
 SETTLING = 1.0
 """Seconds in which a stopped system's device finishes what was launched."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""That get adapters; of a mixture of experts the first four, because PEFT would make one for each expert."""
 RANK = 16
 
 
@@ -74,7 +75,8 @@ def _adapted(model: nn.Module, work: Workload) -> nn.Module:
         return model.train()
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
+    linears = LINEARS[:4] if getattr(model.config, "num_experts", None) else LINEARS
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=linears, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
     _randomise(adapted)
     return adapted.train()
@@ -96,6 +98,15 @@ def _quantise(model: nn.Module) -> None:
 def hf(work: Workload) -> tuple[nn.Module, Forward]:
     """transformers and PEFT as they are."""
     model = _plain(work)
+    return model, lambda batch: model(**batch).loss
+
+
+def float32(work: Workload) -> tuple[nn.Module, Forward]:
+    """The same weights in float32, what others are checked against: a step of it is not timed but for the record."""
+    model = _plain(work).float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of a packed weight
+            module.compute_dtype = torch.float32
     return model, lambda batch: model(**batch).loss
 
 
@@ -208,7 +219,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, trl, liger, unsloth)}
+SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, float32, trl, liger, unsloth)}
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
@@ -222,6 +233,8 @@ def measure(work: Workload) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
 
+    if work.system == "float32":
+        work = dataclasses.replace(work, steps=1, warmup=1)
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -247,6 +260,7 @@ def measure(work: Workload) -> dict[str, Any]:
     first = time.perf_counter() - started
     if turns is not None:
         first -= turns.stopped(started, started + first)
+    first_grad_norm = _grad_norm(trained)
     seconds, launching = [], []
     with turns.alone() if turns is not None else contextlib.nullcontext():
         if cuda:
@@ -269,11 +283,9 @@ def measure(work: Workload) -> dict[str, Any]:
         wait()
         in_a_row = (time.perf_counter() - started) / work.steps
         losses.append(float(loss))
-        if work.profile and cuda:
-            _profile(step, Path(work.profile))
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
-    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
-    grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
+        profile = _profile(step, model, work) if work.profile and cuda else {}
+    grad_norm = _grad_norm(trained)
     if not grad_norm > 0:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
     median = statistics.median(seconds)
@@ -288,8 +300,15 @@ def measure(work: Workload) -> dict[str, Any]:
         "first_step_s": first,
         "losses": losses,
         "grad_norm": grad_norm,
+        "first_grad_norm": first_grad_norm,
         "trained_parameters": sum(p.numel() for p in trained),
+        **profile,
     }
+
+
+def _grad_norm(trained: list[nn.Parameter]) -> float:
+    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 class Turns:
@@ -328,13 +347,12 @@ class Turns:
                     os.kill(int(path.stem), which)
 
 
-def _profile(step: Callable[[], Any], path: Path) -> None:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    path.write_text(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+def _profile(step: Callable[[], Any], model: nn.Module, work: Workload) -> dict[str, Any]:
+    """Where one step's time goes, and the floor under it; the kernels go into the file that the workload names."""
+    profiled = _beside("profiled")
+    kernels = profiled.profiled(step)
+    Path(work.profile or os.devnull).write_text(profiled.listed(kernels))
+    return {"profile": profiled.split(kernels), "floor": profiled.floor(model, work.batch, work.seq)}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -354,11 +372,20 @@ def _dtype(work: Workload) -> torch.dtype:
 
 def _models(name: str) -> Any:
     """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
-    path = Path(__file__).parent.parent / "models" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    return _from(Path(__file__).parent.parent / "models" / f"{name}.py")
+
+
+def _beside(name: str) -> Any:
+    """A file that lies beside this one, which is no module of a package here."""
+    return _from(Path(__file__).parent / f"{name}.py")
+
+
+def _from(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where typing looks for annotations
     spec.loader.exec_module(module)
     return module
 

@@ -23,7 +23,6 @@ rank 16. For a 4096 x 14336 MLP in bf16, five large matrices move in place of th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -33,14 +32,13 @@ from torch import Tensor
 
 from .launch import Fresh, Launch, by_layout
 from .low_rank_product import _multiprocessors
+from .reasons import small_card
 from .thin_products_triton import glu_kernel, products_kernel, sums_kernel
 
 WIDEST = 32
 """Ranks above this gain nothing: the partial sums move as much as another reading of the matrix."""
 MOST = 3
 """Layers at once."""
-LEAST_CAPABILITY = (8, 0)
-"""Kernels take up to 96 KiB of shared memory, compiled for sm_80, sm_89 and sm_90; sm_89 has 99, sm_75 has 64."""
 ROWS_AT_ONCE = 8192
 """Of a gated MLP: its sums over columns take half as much memory as one of its matrices."""
 
@@ -264,12 +262,6 @@ def _glu_launches(act: int, scales: tuple[float, ...], first: bool, total: int, 
     return kernel, _summing(columns, R, device), _summing(over_all, R, device)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; enough for one that is only talked about."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
-
-
 def up_workspace(rows: int, widths: Sequence[int], ranks: Sequence[int]) -> int:
     """Bytes of ``up_products``' sums over columns, for matrices [rows, widthᵢ]; 0 where a library makes them."""
     if not ranks or max(ranks) > WIDEST:
@@ -284,8 +276,8 @@ def unsupported(x: Tensor, *ranks: int) -> str | None:
     """None where these products may be asked for, else the reason."""
     if not x.is_cuda and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         return f"{x.device} has no Triton"
-    if x.is_cuda and (capability := _capability(x.device)) < LEAST_CAPABILITY:
-        return f"sm_{capability[0]}{capability[1]} has too little shared memory"
+    if reason := small_card(x):
+        return reason
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{x.dtype} is neither bfloat16 nor float16"
     if not all(0 < rank <= WIDEST for rank in ranks):

@@ -141,6 +141,13 @@ class Sizes:
         packed = [n for n in operation.all_input_nodes if unpacks(n.target) and all(map(is_free, n.all_input_nodes))]
         return own + sum(self._price(n)[0] for n in packed)
 
+    def flops(self, node: fx.Node) -> float:
+        """Floating-point operations of a call."""
+        given = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+        args, kwargs = pytree.tree_map_only((Tensor, torch.SymInt), self._concrete, given)
+        results = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        return _flops(node.target, args, kwargs, [self._concrete(r) for r in results])
+
     def workspace(self, node: fx.Node) -> int:
         """Bytes that the operator behind a value holds while it runs, beside what it reads and returns."""
         operation = maker(node)

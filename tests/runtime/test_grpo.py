@@ -11,6 +11,7 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
 
 from tests.runtime.test_replan import short_of_memory
 from tests.runtime.test_trainer import EAGER, adapted
@@ -18,6 +19,7 @@ from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.models.presets import build
 from unsloth.runtime.grpo import GRPOTrainer
+from unsloth.runtime.packed_policy import pack, unlike
 from unsloth.runtime.policy import trimmed
 from unsloth.runtime.policy_loss import LOSSES, PolicyLoss, Sampled, policy_loss, settings_of
 from unsloth.runtime.problems import DataError
@@ -97,18 +99,20 @@ def make(
 
 
 def batch(seed: int = 0, count: int = 3, tokens: int = 7) -> dict[str, Tensor]:
-    """Completions sampled long ago by another policy, with everything that a loss may look at."""
+    """Completions sampled long ago by another policy, with everything that a loss may look at; two of one prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    lengths, prompts = torch.tensor([tokens, 4, 1]), torch.tensor([5, 2, 5])
+    lengths, prompts = torch.tensor([tokens, 4, 1]), torch.tensor([3, 3, 5])
     spread = torch.arange(tokens)
     log_p = -5.5 + 0.4 * normal(count, tokens)  # about as likely as by chance
     mask = (spread < lengths[:, None]).long()
+    prompt_ids = torch.randint(4, 250, (count, 5), generator=generator)
+    prompt_ids[1, 2:] = prompt_ids[0, 2:]
     return {
-        "prompt_ids": torch.randint(4, 250, (count, 5), generator=generator),
+        "prompt_ids": prompt_ids,
         "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
         "completion_ids": torch.randint(4, 250, (count, tokens), generator=generator),
         "completion_mask": mask,
@@ -155,11 +159,12 @@ def configure(made: Any, **settings: Any) -> None:
         made._loss = settings_of(made)
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "full", "padded"])
 def both(request: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     """TRL's trainer and ours, on equal models; both believe that an engine has sampled, which rounds otherwise."""
     made = []
-    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"compile": False})):
+    settings = {"compile": False, "shared_prompts": request.param != "padded"}
+    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, settings)):
         if request.param == "full":
             torch.manual_seed(0)
             model = build("tiny-llama")
@@ -199,6 +204,79 @@ def test_every_loss_and_gradient_is_that_of_trl(
         configure(made, **{**PLAIN, **settings, "loss_type": loss_type})
     theirs, ours = (step(made, inputs) for made in both)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["tiny-mistral", "tiny-qwen3", "tiny-phi3"])
+def test_a_prompt_stands_once_for_all_that_complete_it(tmp_path, kind: str) -> None:
+    """Longer than the window of the first of these models; one graph, compiled, for rows of any length."""
+    theirs, ours = (
+        make(cls, tmp_path, more, model=_copies(kind), max_completion_length=30)
+        for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"options": EAGER}))
+    )
+    for seed, tokens in ((0, 30), (1, 17)):
+        inputs = {n: x for n, x in batch(seed, tokens=tokens).items() if n not in LATER}
+        assert_same(step(ours, inputs), step(theirs, inputs))
+    assert ours._pads is None
+    (graph,) = ours.explanation.graphs
+    assert heads(graph) == ["plain, with statistics, per token"]
+
+
+def _copies(kind: str) -> Any:
+    torch.manual_seed(0)
+    return build(kind)
+
+
+LATER = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio"}
+
+
+def test_a_row_has_every_token_once() -> None:
+    inputs = batch()
+    inputs["completion_mask"][1] = 0  # cut off, say
+    packed = pack(inputs)
+    assert packed is not None
+    prompts, completed = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
+    parts = (inputs["prompt_ids"], prompts), (inputs["completion_ids"], completed)
+    wanted = [ids[i][mask[i]] for i in (0, 2) for ids, mask in parts]
+    assert torch.equal(packed.row[0], torch.cat(wanted))
+    assert packed.row[1].tolist() == [*range(3 + 7), *range(5 + 1)]
+    assert torch.equal(packed.row[0][packed.documents[0]], packed.row[0])  # no prompt stands for two
+
+    shared = pack(batch())
+    assert shared is not None
+    ids, spread = shared.row[0], shared.documents[0]
+    assert len(ids) == 3 + 7 + 4 + 5 + 1 and len(spread) == len(ids) + 3
+    assert torch.equal(ids[spread][[0, 1, 2]], ids[spread][[10, 11, 12]])
+    assert torch.equal(ids[spread][shared.row[2]], ids)
+    assert torch.equal(F.pad(shared.scored[1], (0, 1), value=-1)[shared.slots] >= 0, batch()["completion_mask"].bool())
+    inputs["completion_mask"][:] = 0
+    assert pack(inputs) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "why"),
+    [
+        ("tiny-gemma2", {}, "a mask, a cap or sinks"),
+        ("tiny-llama", {"attention_dropout": 0.1}, "drops 10%"),
+        ("tiny-llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "are dynamic"),
+    ],
+)
+def test_models_that_cannot_be_run_as_a_row_are_padded(tmp_path, caplog, kind, sizes, why) -> None:
+    model = build(kind)
+    for name, value in sizes.items():
+        setattr(model.config, name, value)
+    ours = make(GRPOTrainer, tmp_path, {"compile": False}, model=model)
+    with caplog.at_level(logging.WARNING):
+        step(ours, {n: x for n, x in batch().items() if n not in LATER})
+    assert why in str(ours._pads) and "padded to each other" in caplog.text
+
+
+def test_a_model_that_is_another_as_a_row_is_noticed(monkeypatch: Any) -> None:
+    model = build("tiny-llama")
+    assert unlike(model) is None and model.config._attn_implementation == "sdpa" and model.training
+    norm = type(model.model.norm)
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x + x.roll(1, 1)))  # tokens side by side mix
+    assert "other logits" in str(unlike(model))
 
 
 def test_a_loss_that_is_not_known() -> None:

@@ -64,19 +64,20 @@ def replanned(monkeypatch: pytest.MonkeyPatch, backend: Backend, *, there: int |
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """Two plans that turn out too large in the middle of a step, the second later than the first; the budgets asked
-    for."""
+    """Two plans that turn out too large in the middle of a step, the second later than the first; the budgets of those
+    that ran."""
     budgets: list[int | None] = []
 
     def compiled(function: Any, options: Options, reports: list[Any]) -> Any:
-        budgets.append(options.memory_budget)
         plan = Plan("mixed", {}, 0, "", peak_bytes=options.memory_budget or GIB)
         calls = 0
 
         def run(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
-            reports.extend([SimpleNamespace(partitioner=SimpleNamespace(last_plan=plan, last_floor=0))] * (not calls))
             calls += torch.is_grad_enabled()
+            if calls == torch.is_grad_enabled() == 1:
+                budgets.append(options.memory_budget)
+                reports.append(SimpleNamespace(partitioner=SimpleNamespace(last_plan=plan, last_floor=0)))
             if calls > len(budgets) and len(budgets) < 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
             return function(*arguments, **named)
