@@ -120,17 +120,20 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     return {"system": system, "workload": workload, **row, **provenance("benchmarks.step")}
 
 
-def in_process(command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None) -> dict[str, Any]:
+def in_process(
+    command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None, log: Path | None = None
+) -> dict[str, Any]:
     """The row that a process writes as JSON to the file named by its last argument, which is added to the command.
 
     Args:
         limit: seconds after which it is stopped.
+        log: where it prints to; None for a file that is dropped.
 
     Returns:
         the row; with "error" and the end of the "log" if there is none, or it says so itself.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output, log = Path(folder) / "row.json", Path(folder) / "log.txt"
+        output, log = Path(folder) / "row.json", log or Path(folder) / "log.txt"
         try:
             with log.open("w") as sink:
                 code = subprocess.run(
