@@ -23,8 +23,9 @@ from .operator import OPERATORS, Operator
 
 MOST_THREADS = 8
 """More gain little: a part of each compilation holds the interpreter."""
-SIDE_EFFECTS = {"offload", "fetch"}
-"""Operators that touch more than their results, even on fake tensors."""
+BY_LAUNCH = ("rms_norm", "add_rms_norm", "swiglu", "geglu", "rope", "nf4_dequantize", "lora_", "glu_lora_")
+"""What names of operators begin with that launch by :class:`~unsloth.kernels.launch.Launch` and by nothing else: it
+knows fake tensors. Triton would launch on their address, which is 0."""
 
 
 class _Call(NamedTuple):
@@ -87,7 +88,7 @@ def _kernels() -> Mapping[Any, Any]:
     return {
         target: run
         for op in OPERATORS.values()
-        if op.runs_kernel_on("cuda") and op.name not in SIDE_EFFECTS
+        if op.runs_kernel_on("cuda") and op.name.startswith(BY_LAUNCH)
         for target, run in _halves(op)
     }
 
