@@ -5,8 +5,9 @@
 
 An optimiser step is trained on all generations of one prompt, ``--micro`` at a time. One process per system, rows as
 ``benchmarks.step`` keeps them: written one by one, so that a run that is started again measures what is missing.
-``ours`` plans its memory within the budget; TRL (the one that is installed) and the peer that has our import name
-checkpoint every layer, as they do by default. ``--shape llama-8b@4`` cuts the model to four layers, to try things out.
+``ours`` plans its memory within the budget, and pads instead of sharing prompts with ``ours:shared_prompts=false``; TRL
+(the one that is installed) and the peer that has our import name checkpoint every layer, as they do by default.
+``--shape llama-8b@4`` cuts the model to four layers, to try things out.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ TARGET_GIB = 33e9 / 2**30
 """Peak of 8B QLoRA with 8 generations of a context of 20k."""
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace, turns: str | None = None) -> dict[str, Any]:
     """Measure one system in a process of its own; whatever happens to it becomes a row."""
     system, options = parse_system(name)
-    work = {"system": system, "options": options, **{n: getattr(args, n) for n in WORKLOAD}}
+    work = {"system": system, "options": options, **{n: getattr(args, n) for n in WORKLOAD}, "turns": turns}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if system == "unsloth" and args.peer_site:
         environment["PYTHONPATH"] = str(Path(args.peer_site).resolve())
@@ -92,6 +93,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--peer-site", help="folder into which the peers were installed")
     arguments.add_argument("--limit", type=int, default=900, help="seconds per system")
     arguments.add_argument("--out", help="result file (default: benchmarks/results/grpo/SHAPE-MODE-GxN-DEVICE.json)")
+    arguments.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
+    )
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     return arguments
 
@@ -109,11 +116,13 @@ def main(argv: list[str] | None = None) -> None:
     names = args.systems.split(",")
     parsed = [parse_system(name) for name in names]  # a misspelt system is noticed before the first one has run
     settings = {n: getattr(args, n) for n in WORKLOAD}
-    rows = [
-        ({"system": system, "workload": settings | {"options": options}}, functools.partial(measure, name, args))
-        for name, (system, options) in zip(names, parsed, strict=True)
-    ]
-    step.measure_missing(path, rows, table, force=args.force)
+    with tempfile.TemporaryDirectory() as turns:
+        run = functools.partial(measure, args=args, turns=turns if args.parallel > 1 else None)
+        rows = [
+            ({"system": system, "workload": settings | {"options": options}}, functools.partial(run, name))
+            for name, (system, options) in zip(names, parsed, strict=True)
+        ]
+        step.measure_missing(path, rows, table, force=args.force, parallel=args.parallel)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ step changes no weight: loss and gradient norm of that step are those of the sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import statistics
@@ -47,6 +48,7 @@ class Policy:
         loss_type: as in ``trl.GRPOConfig``.
         steps: optimiser steps that are timed.
         warmup: micro-batches before them, at least one: it compiles.
+        turns: a folder that workers at one time share, see ``worker.Turns``; None for one after the other.
     """
 
     system: str
@@ -62,6 +64,7 @@ class Policy:
     steps: int
     warmup: int
     device: str
+    turns: str | None = None
 
 
 def _as_step(work: Policy) -> Any:
@@ -107,7 +110,8 @@ def trainer_of(work: Policy, folder: str) -> Any:
         "report_to": "none",
         "save_strategy": "no",
     }
-    more = {"options": work.options} if work.system == "ours" else {}
+    options = dict(work.options)
+    more = {"shared_prompts": options.pop("shared_prompts", True), "options": options} if work.system == "ours" else {}
     made = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -121,16 +125,16 @@ def trainer_of(work: Policy, folder: str) -> Any:
 
 
 def micro_batches(work: Policy, vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    """A generation's completions as TRL hands them to the loss: of one length, the advantages of either sign."""
+    """Completions of one prompt as TRL hands them to the loss: of one length, the advantages of either sign."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> torch.Tensor:
         return torch.randint(vocabulary, (work.micro, length), generator=generator)
 
-    found = []
+    found, prompt = [], tokens(work.prompt)[:1].expand(work.micro, -1)
     for _ in range(work.generations // work.micro):
         batch = {
-            "prompt_ids": tokens(work.prompt),
+            "prompt_ids": prompt,
             "prompt_mask": torch.ones(work.micro, work.prompt, dtype=torch.int64),
             "completion_ids": tokens(work.completion),
             "completion_mask": torch.ones(work.micro, work.completion, dtype=torch.int64),
@@ -176,26 +180,28 @@ def measure(work: Policy) -> dict[str, Any]:
         optimiser.step()
         return total, torch.stack(norms).norm() if norms else torch.zeros(())
 
+    turns = worker.Turns(Path(work.turns)) if work.turns else None
     seconds = []
     for i in range(work.warmup):
         started = time.perf_counter()
         micro_step(batches[i % len(batches)])
         wait()
-        seconds.append(time.perf_counter() - started)
+        ended = time.perf_counter()
+        seconds.append(ended - started - (turns.stopped(started, ended) if turns is not None else 0.0))
     for group in optimiser.param_groups:
         group["lr"] = 0.0
     optimiser.step()  # makes what it holds, and no change
     for group in optimiser.param_groups:
         group["lr"] = LEARNING_RATE
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     warmup, seconds, found = seconds, [], []
-    for _ in range(work.steps):
-        started = time.perf_counter()
-        made_step = step()
-        wait()
-        seconds.append(time.perf_counter() - started)
-        found.append(made_step)
+    with turns.alone() if turns is not None else contextlib.nullcontext():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(work.steps):
+            started = time.perf_counter()
+            found.append(step())
+            wait()
+            seconds.append(time.perf_counter() - started)
     losses, grad_norms = ([float(x) for x in column] for column in zip(*found, strict=True))
     if not min(grad_norms) > 0:
         raise RuntimeError(f"grad_norm is {grad_norms}: the system is not training")

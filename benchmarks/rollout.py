@@ -3,9 +3,10 @@
     python -m benchmarks.rollout --shape llama-8b --mode lora --sequences 64 --new 512 --systems ours,transformers
 
 Prompts are random, ``--group`` completions of each; tokens are drawn at temperature 1, and none ends a completion. One
-process per system, rows as ``benchmarks.step`` keeps them. ``ours`` takes ``compile=false`` and ``rows=N``, and is held
-against the model as well (``rollout_worker.py``): greedy tokens against those of ``generate`` and against the likeliest
-ones of a training forward pass, log-probabilities against that pass, and both after the weights have changed.
+process per system, rows as ``benchmarks.step`` keeps them. ``ours`` takes ``compile=false``, ``rows=N`` and
+``fp32_head=true`` (logits that are not rounded, as with TRL's ``cast_lm_head_to_fp32``), and is held against the model
+as well (``rollout_worker.py``): greedy tokens against those of ``generate`` and against the likeliest ones of a forward
+pass of training, log-probabilities against that pass (``generate``'s too), and both after the weights have changed.
 
 Random weights leave the two likeliest tokens about as likely as each other, so how many greedy tokens agree in bfloat16
 is asked of weights that have learnt something, which continue pieces of this project's documentation:
@@ -29,6 +30,9 @@ from benchmarks import step
 HERE = Path(__file__).parent
 SYSTEMS = ("ours", "transformers", "unsloth")
 WORKLOAD = ("shape", "mode", "dtype", "sequences", "group", "prompt", "new", "check", "runs", "device")
+
+
+_OPTIONS = "compile=true|false, fp32_head=true|false and rows=N"
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -64,9 +68,9 @@ def parse_system(name: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for part in parts:
         key, _, value = part.partition("=")
-        if system != "ours" or key not in ("compile", "rows"):
-            raise ValueError(f"{system} takes no option {part!r}; ours takes compile=true|false and rows=N")
-        options[key] = value == "true" if key == "compile" else int(value)
+        if system != "ours" or key not in ("compile", "fp32_head", "rows"):
+            raise ValueError(f"{system} takes no option {part!r}; ours takes {_OPTIONS}")
+        options[key] = int(value) if key == "rows" else value == "true"
     return system, options
 
 

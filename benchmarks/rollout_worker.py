@@ -107,6 +107,17 @@ def model_of(work: Rollout) -> tuple[nn.Module, list[list[int]]]:
     return worker._adapted(model, _as_step(work)).eval(), _grouped(work, prompts)
 
 
+class _Float32Head(nn.Module):
+    """A head whose logits are float32, as TRL's ``cast_lm_head_to_fp32`` has it."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(head.weight.detach().float(), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight)
+
+
 def _of_text(work: Rollout, tokenizer: Any) -> list[list[int]]:
     """Prompts from the documentation, one behind the other."""
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCUMENTATION.glob("*.md")))
@@ -135,13 +146,31 @@ def by_generate(model: Any, work: Rollout, prompts: list[list[int]], new: int, s
     return out[:, ids.shape[1] :].cpu()
 
 
+def drawn_by_generate(model: Any, work: Rollout, prompts: list[list[int]], new: int) -> tuple[Tensor, Tensor]:
+    """Completions that transformers draws, and the log-probabilities with which it drew them."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=new, pad_token_id=0, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor(prompts, device=work.device)
+    with torch.no_grad():
+        made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    chosen = made.sequences[:, ids.shape[1] :]
+    log_p = torch.stack(made.logits, dim=1).float().log_softmax(2).gather(2, chosen.unsqueeze(2)).squeeze(2)
+    return chosen.cpu(), log_p.cpu()
+
+
 def by_ours(model: Any, work: Rollout, prompts: list[list[int]], new: int, sample: bool) -> tuple[Tensor, Tensor]:
     """Completions [sequences, new] and their log-probabilities."""
     from unsloth.runtime.generation.engine import complete
     from unsloth.runtime.generation.sampling import Sampling
 
     sampling = Sampling(new, sample=sample, seed=1)
-    made = complete(model, prompts, sampling, **work.options)
+    options = {name: value for name, value in work.options.items() if name != "fp32_head"}
+    made = complete(model, prompts, sampling, **options)
     return torch.tensor([c.ids for c in made]), torch.tensor([c.log_p for c in made])
 
 
@@ -167,6 +196,8 @@ def checks(model: Any, work: Rollout, prompts: list[list[int]]) -> dict[str, Any
     _, likeliest_of_theirs = by_training(model, work, prompts[:: work.group], theirs)
     drawn, drawn_log_p = by_ours(model, work, prompts, work.check, sample=True)
     drawn_trained, _ = by_training(model, work, prompts, drawn)
+    of_theirs, their_log_p = drawn_by_generate(model, work, prompts[:: work.group], work.check)
+    their_trained, _ = by_training(model, work, prompts[:: work.group], of_theirs)
     found = {
         "greedy_is_argmax": float((greedy == likeliest).double().mean()),
         "generate_is_argmax": float((theirs == likeliest_of_theirs).double().mean()),
@@ -174,15 +205,18 @@ def checks(model: Any, work: Rollout, prompts: list[list[int]]) -> dict[str, Any
         "log_p_off": float((drawn_log_p - drawn_trained).abs().mean()),
         "log_p_off_largest": float((drawn_log_p - drawn_trained).abs().max()),
         "greedy_log_p_off": float((log_p - trained).abs().mean()),
+        "generate_log_p_off": float((their_log_p - their_trained).abs().mean()),
     }
     norms = [p for p in model.parameters() if p.dim() == 1]
+    before = [p.detach().clone() for p in norms]
+    factor = 1.1 if work.weights else 1.5  # weights that have learnt something stay a model of something
     with torch.no_grad():
         for p in norms:
-            p.mul_(1.5)
+            p.mul_(factor)
         later, later_log_p = by_ours(model, work, prompts, min(work.check, 32), sample=True)
         new, _ = by_training(model, work, prompts, later)
-        for p in norms:
-            p.div_(1.5)
+        for p, value in zip(norms, before, strict=True):
+            p.copy_(value)
     old, _ = by_training(model, work, prompts, later)
     stale = (later_log_p - new).abs() > (later_log_p - old).abs()
     # Only where both weights differ by more than rounding does can it be told from which a token came.
@@ -200,6 +234,9 @@ def measure(work: Rollout) -> dict[str, Any]:
     """Run the workload and return its row."""
     cuda = work.device == "cuda"
     model, prompts = model_of(work)
+    if work.options.get("fp32_head"):
+        whole = model.get_base_model() if work.mode != "full" else model
+        whole.lm_head = _Float32Head(whole.lm_head)
     run = by_ours if work.system == "ours" else by_generate
 
     def timed(new: int) -> float:

@@ -80,6 +80,7 @@ def measure_missing(
     table: Callable[[list[dict[str, Any]]], str],
     *,
     force: bool,
+    parallel: int = 1,
 ) -> None:
     """Measure what a result file lacks or has as a failure, row by row, and print the whole.
 
@@ -88,13 +89,15 @@ def measure_missing(
         rows: of each the system and workload that ``key`` tells it by, and what measures it.
         table: rows as text, a head and a line for each.
         force: measure again what is there.
+        parallel: rows that are measured at one time.
     """
-    for wanted, measure in rows:
-        if not force and any(key(r) == key(wanted) and "error" not in r for r in read(path)):
-            continue
-        row = measure()
-        write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-        print(table([row]).splitlines()[-1], flush=True)
+    there = {} if force else {key(r) for r in read(path) if "error" not in r}
+    missing = [measure for wanted, measure in rows if key(wanted) not in there]
+    with ThreadPoolExecutor(parallel) as pool:
+        for future in as_completed([pool.submit(measure) for measure in missing]):
+            row = future.result()
+            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+            print(table([row]).splitlines()[-1], flush=True)
     print(f"\n{table(read(path))}\n\n{path}")
 
 

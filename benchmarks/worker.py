@@ -70,7 +70,9 @@ def _plain(work: Workload) -> nn.Module:
 
 def _adapted(model: nn.Module, work: Workload) -> nn.Module:
     if work.checkpointing == "hf":
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        now = hasattr(model, "activation_checkpointing_enable")  # transformers 5.2x has given it another name
+        enable = model.activation_checkpointing_enable if now else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
     if work.mode == "full":
         return model.train()
     from peft import LoraConfig, get_peft_model

@@ -186,10 +186,12 @@ def train(
         train_dataset=rows(trained),
         processing_class=tokenizer,
         callbacks=[watch],
-        options={"lowering": given.lowering},
+        compile=given.lowering != "none",
+        options={} if given.lowering == "none" else {"lowering": given.lowering},
     )
     trainer.train()
-    print(trainer.explanation)
+    if given.lowering != "none":
+        print(trainer.explanation)
     return {h["step"]: h["reward"] for h in trainer.state.log_history if "reward" in h}, watch.found
 
 
@@ -237,7 +239,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--learning-rate", type=float, default=5e-4, help="constant (default 5e-4)")
     found.add_argument("--seed", type=int, default=0)
     found.add_argument("--draw", type=Path, nargs="+", metavar="FOLDER", help="only draw runs that are done, together")
-    found.add_argument("--lowering", default="inductor" if on_gpu else "eager", help="eager: start at once")
+    found.add_argument(
+        "--lowering", default="inductor" if on_gpu else "eager", help="eager: starts sooner; none: at once, uncompiled"
+    )
     return found
 
 

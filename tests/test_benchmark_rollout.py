@@ -16,14 +16,15 @@ TINY += ["--prompt", "5", "--new", "6", "--check", "6", "--runs", "1", "--device
 
 def test_rows_say_how_fast_and_how_right(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    rollout.main([*TINY, "--out", str(path), "--systems", "ours:rows=3,transformers"])
+    rollout.main([*TINY, "--out", str(path), "--systems", "ours:rows=3:fp32_head=true,transformers"])
     rows = step.read(path)
     assert [row.get("error") for row in rows] == [None, None], rows
     ours, theirs = rows
-    assert ours["workload"]["options"] == {"rows": 3} and theirs["system"] == "transformers"
+    assert ours["workload"]["options"] == {"rows": 3, "fp32_head": True} and theirs["system"] == "transformers"
     assert all(row["tokens_per_s"] > 0 and row["ms_per_token"] > 0 for row in rows)
     assert ours["greedy_is_argmax"] == ours["greedy_is_generate"] == 1.0
-    assert ours["log_p_off"] < 1e-4 and ours["stale_tokens"] == 0 and ours["tokens_after_update"] == 24
+    assert ours["log_p_off"] < 1e-4 and ours["generate_log_p_off"] < 1e-4
+    assert ours["stale_tokens"] == 0 and ours["tokens_after_update"] == 24
     assert ours["tokens_that_tell"] > 0
     assert "0 of 24" in rollout.table(rows)
 

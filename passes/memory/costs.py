@@ -223,17 +223,17 @@ def _workspace(target: Any, args: Any, read: list[Tensor], written: list[Tensor]
     return int(rule(args, read, written)) if rule is not None else 0
 
 
-def _of_chunks(hidden: Tensor, weight: Tensor) -> float:
+def _of_chunks(hidden: Tensor, weight: Tensor, summed: bool = False) -> float:
     """A chunk of logits, and what it is reduced to."""
     rows = hidden.numel() // max(hidden.shape[-1], 1)
-    step = chunk_rows(rows, weight.shape[0], hidden.element_size())
+    step = chunk_rows(rows, weight.shape[0], hidden.element_size(), weight.shape[1] if summed else 0)
     return step * padded_width(weight.shape[0]) * hidden.element_size() + 4 * rows
 
 
 def _of_loss(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
     """The chunk, and where the head is trained the float32 sum of its gradient."""
     hidden, weight, wants = args[0], args[1], args[-1]
-    return _of_chunks(hidden, weight) + (4 * weight.numel() if wants[1] else 0)
+    return _of_chunks(hidden, weight, wants[1]) + (4 * weight.numel() if wants[1] else 0)
 
 
 def _of_token_losses(args: Any, read: list[Tensor], written: list[Tensor]) -> float:

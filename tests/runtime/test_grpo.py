@@ -229,6 +229,22 @@ def _copies(kind: str) -> Any:
 LATER = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio"}
 
 
+def test_logits_of_a_float32_head(tmp_path) -> None:
+    """TRL's ``cast_lm_head_to_fp32``: the head is still one operator, and completions still a row."""
+    found = []
+    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"options": EAGER})):
+        model = build("tiny-llama", dtype=torch.bfloat16)
+        made = make(cls, tmp_path, more, model=model, cast_lm_head_to_fp32=True)
+        found.append(step(made, {n: x for n, x in batch().items() if n not in LATER}))
+    theirs, ours = found
+    assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
+    for name, gradient in theirs["gradients"].items():
+        error = (ours["gradients"][name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < 0.05, (name, error)  # two orders of rounding to bfloat16
+    (graph,) = made.explanation.graphs
+    assert heads(graph) == ["plain, with statistics, per token"] and made._pads is None
+
+
 def test_a_row_has_every_token_once() -> None:
     inputs = batch()
     inputs["completion_mask"][1] = 0  # cut off, say
