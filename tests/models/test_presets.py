@@ -16,6 +16,7 @@ TINY = [name for name in presets.SHAPES if name.startswith("tiny-")]
     [
         ("llama-1b", 1_235_814_400),
         ("llama-8b", 8_030_261_248),
+        ("llama-70b", 70_553_706_496),
         ("qwen3-4b", 4_022_468_096),
         ("qwen3-30b-a3b-12", 8_099_779_584),  # of 30,532,122,624: 36 layers of 623,120,640 fewer
     ],
@@ -68,3 +69,32 @@ def test_dtype_and_attention():
 def test_unknown_name():
     with pytest.raises(KeyError):
         presets.config("tiny-lama")
+
+
+@pytest.mark.parametrize("name", ["tiny-llama@3", "tiny-gemma2"])
+def test_weights_are_packed_one_by_one(name):
+    """Each linear layer of the blocks is made when its turn comes, and packed before the next is made."""
+    made: list[str] = []
+
+    def pack(model, make):
+        names = {module: name for name, module in model.named_modules()}
+        for module in model.model.layers.modules():
+            if type(module) is torch.nn.Linear:
+                assert module.weight.is_meta
+                make(module)
+                made.append(names[module])
+                assert 0.015 < module.weight.std() < 0.025
+        assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
+
+    state = torch.get_rng_state()
+    model, again = presets.build_packed(name, pack), presets.build_packed(name, pack)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert len(made) == 2 * 7 * model.config.num_hidden_layers
+    whole = presets.build(name, dtype=torch.bfloat16)
+    for (key, value), same, other in zip(model.named_parameters(), again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(value, same) and value.dtype == other.dtype and value.shape == other.shape, key
+        assert value.float().std() > 0, key
+    for (key, value), other in zip(model.named_buffers(), whole.buffers(), strict=True):
+        assert torch.equal(value, other), key
+    ids = torch.arange(24)[None]
+    assert model(input_ids=ids, labels=ids, use_cache=False).loss.isfinite()
