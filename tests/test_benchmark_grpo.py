@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import grpo, step
 
-TINY = ["--shape", "tiny-llama", "--mode", "lora", "--generations", "4", "--micro", "2", "--prompt", "5"]
+TINY = ["--shape", "tiny-llama@1", "--mode", "lora", "--generations", "4", "--micro", "2", "--prompt", "5"]
 TINY += ["--completion", "9", "--device", "cpu", "--steps", "1", "--warmup", "1", "--beta", "0.1"]
 
 
