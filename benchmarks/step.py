@@ -28,8 +28,12 @@ from .suites import SUITES, Work
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SYSTEMS = ("ours", "recorded", "inductor", "hf", "trl", "liger", "unsloth")
+SYSTEMS = ("ours", "recorded", "inductor", "hf", "float32", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
+CLOSE = {"loss": 1e-3, "grad_norm": 2e-2}
+"""Relative to float32. bfloat16 rounds by up to 2^-9 = 2e-3 at each operator; a mean over thousands of tokens and a
+norm over millions of gradients keep little of it: 1e-4 and 3e-3 between systems that compute the same. A system that
+leaves out a token, a layer or a gradient is off by more."""
 WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
 """Arguments of the command line that make two rows of one system different measurements, beside its options."""
 
@@ -119,17 +123,20 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     return {"system": system, "workload": workload, **row, **provenance("benchmarks.step")}
 
 
-def in_process(command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None) -> dict[str, Any]:
+def in_process(
+    command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None, log: Path | None = None
+) -> dict[str, Any]:
     """The row that a process writes as JSON to the file named by its last argument, which is added to the command.
 
     Args:
         limit: seconds after which it is stopped.
+        log: where it prints to; None for a file that is dropped.
 
     Returns:
         the row; with "error" and the end of the "log" if there is none, or it says so itself.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output, log = Path(folder) / "row.json", Path(folder) / "log.txt"
+        output, log = Path(folder) / "row.json", log or Path(folder) / "log.txt"
         try:
             with log.open("w") as sink:
                 code = subprocess.run(
@@ -246,7 +253,27 @@ def measure_workload(args: argparse.Namespace) -> None:
             row = future.result()
             write(path, [r for r in read(path) if key(r) != key(row)] + [row])
             print(*table([row]).splitlines()[1:], sep="\n", flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
+    print(f"\n{table(read(path))}\n\n{path}", *deviations(read(path)), sep="\n")
+
+
+def deviations(rows: list[dict[str, Any]]) -> list[str]:
+    """Which systems train something else than float32 does, by their first loss and the norm of their first gradient.
+
+    Args:
+        rows: of one shape, mode and batch. Without one of "float32" nothing is known; older rows lack the norm.
+    """
+    truth = next((r for r in rows if r["system"] == "float32" and "error" not in r), None)
+    found = []
+    for row in rows if truth else ():
+        if "first_grad_norm" not in row:
+            continue
+        for name, ours, its in (
+            ("loss", row["losses"][0], truth["losses"][0]),
+            ("grad_norm", row["first_grad_norm"], truth["first_grad_norm"]),
+        ):
+            if not abs(ours - its) <= CLOSE[name] * abs(its):
+                found.append(f"{label(row)}: {name} of the first step is {ours:.6g}, in float32 {its:.6g}")
+    return found
 
 
 def of_suite(work: Work, args: argparse.Namespace) -> argparse.Namespace:

@@ -103,6 +103,15 @@ def hf(work: Workload) -> tuple[nn.Module, Forward]:
     return model, lambda batch: model(**batch).loss
 
 
+def float32(work: Workload) -> tuple[nn.Module, Forward]:
+    """The same weights in float32, what others are checked against: a step of it is not timed but for the record."""
+    model = _plain(work).float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of a packed weight
+            module.compute_dtype = torch.float32
+    return model, lambda batch: model(**batch).loss
+
+
 def inductor(work: Workload) -> tuple[nn.Module, Forward]:
     """torch.compile with its own backend."""
     model = _plain(work)
@@ -212,7 +221,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, trl, liger, unsloth)}
+SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, float32, trl, liger, unsloth)}
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
@@ -226,6 +235,8 @@ def measure(work: Workload) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
 
+    if work.system == "float32":
+        work = dataclasses.replace(work, steps=1, warmup=1)
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -251,6 +262,7 @@ def measure(work: Workload) -> dict[str, Any]:
     first = time.perf_counter() - started
     if turns is not None:
         first -= turns.stopped(started, started + first)
+    first_grad_norm = _grad_norm(trained)
     seconds, launching = [], []
     with turns.alone() if turns is not None else contextlib.nullcontext():
         if cuda:
@@ -275,8 +287,7 @@ def measure(work: Workload) -> dict[str, Any]:
         losses.append(float(loss))
         peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
         profile = _profile(step, model, work) if work.profile and cuda else {}
-    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
-    grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
+    grad_norm = _grad_norm(trained)
     if not grad_norm > 0:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
     median = statistics.median(seconds)
@@ -291,9 +302,15 @@ def measure(work: Workload) -> dict[str, Any]:
         "first_step_s": first,
         "losses": losses,
         "grad_norm": grad_norm,
+        "first_grad_norm": first_grad_norm,
         "trained_parameters": sum(p.numel() for p in trained),
         **profile,
     }
+
+
+def _grad_norm(trained: list[nn.Parameter]) -> float:
+    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 class Turns:

@@ -207,7 +207,7 @@ class Launch:
             for r in self._results
         ]
         if self._programs:
-            if self._run is None:
+            if self._run is None or _collected is not None:
                 self._first((*inputs, *results))
             elif self._tiles:
                 self._run(*self._described((*inputs, *results)), *self._rest)
@@ -237,7 +237,7 @@ class Launch:
 
     def _want(self, tensors: Sequence[Tensor | None]) -> None:
         """Say which kernel these fake tensors' launch would compile."""
-        if _collected is None or (key := self._key(tensors)) in _pending:
+        if _collected is None or self._run is not None or (key := self._key(tensors)) in _pending:
             return
         described: list[Any] = [None if x is None else MockTensor(x.dtype) for x in tensors]
         if self._tiles:

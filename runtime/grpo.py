@@ -9,7 +9,7 @@ for a number; the reference, and the policy before an update, are a forward pass
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .policy_loss import PER_STEP, Sampled, settings_of
 from .preferences import CompiledBody
 from .prompts import check_prompts, context_of, refuse_too_long
 from .reference import without_idle_copy
+from .replan import Replanned
 from .rewards import ON_ERROR, check_judged, checked
 from .rollouts import load_rollout, save_rollout
 from .standing import Progress
@@ -112,8 +113,8 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         self._step_of = self._evaluation = policy_step
         self._step_of_row, self._score = packed_policy_step, score
         if compile:
-            self._step_of_row = compiled(packed_policy_step, self.options, self._reports)
-            self._step_of = compiled(policy_step, self.options, self._reports)
+            self._step_of_row = Replanned(packed_policy_step, self.options, self._reports, tokens=_tokens_given)
+            self._step_of = Replanned(policy_step, self.options, self._reports, tokens=_tokens_given)
             self._score = compiled(score, self.options, self._reports)
             # A few forward passes do not repay Inductor's minutes.
             self._evaluation = compiled(policy_step, replace(self.options, lowering="eager"), self._reports)
@@ -122,6 +123,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         if self._loss is None:
             logger.warning("this loss is TRL's, on compiled log-probabilities: only those of policy_loss are compiled")
         self._buffer: Any = None  # the micro-batches of a generation, without idle padding
+        self._generation: int | None = None  # which one the buffer holds
         self._trained: Any = 0  # tokens of the micro-batch that was trained on last
         self._context = context_of(self.model)
         self._left_to = self._engine_instead(fast_rollouts)
@@ -190,13 +192,19 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        generation, kept = self._step // (self.args.steps_per_generation * self.num_iterations), self._buffered_inputs
+        if self.model.training and kept is not None and kept is self._buffer and self._generation == generation:
+            return kept[self._step % len(kept)]  # which a step that is done again needs, and TRL would generate anew
         inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            self._smaller.settle(self._sums())  # generated once, and logged once
         if not TEXT.issuperset(inputs):
             return inputs
         if not self.model.training:
             return trimmed(inputs)
         if self._buffered_inputs is not self._buffer:
             self._buffer = self._buffered_inputs = [trimmed(part) for part in self._buffered_inputs]
+        self._generation = generation
         return self._buffer[self._step % len(self._buffer)]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -222,6 +230,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
 
     def _begin(self) -> None:
         super()._begin()
+        self._generation = None
         self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         if self._resumed is not None and self._rollout.is_file():
             self._buffered_inputs, controller = load_rollout(self._rollout, self.args.device)
@@ -289,9 +298,11 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     def _policy_step(self, model: Any, inputs: Mapping[str, Any]) -> PolicyStep:
         whole, targets, *others = self._arguments(inputs)
         if (packed := self._row_of(inputs)) is not None:
+            self._planned = self._step_of_row if self._compiles else None
             with sharing(self.accelerator.unwrap_model(self.model)):
                 return outside_of_ddp(self._step_of_row, model, packed, *others)
         run = self._step_of if self.model.training else self._evaluation
+        self._planned = self._step_of if self._compiles else None
         return outside_of_ddp(run, model, whole, targets, *others)
 
     def _padded_because(self, shared_prompts: bool) -> str | None:
@@ -345,6 +356,20 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     def _whole_because(self) -> str:
         return "completions were generated, and are counted, for micro-batches of this size"
 
+    def _spare(self) -> bool:
+        """Plan again where the step's earlier micro-batches can be done again, with the completions that they had."""
+        generated = self.args.steps_per_generation * self.num_iterations
+        held = self._done == 0 or generated % self.args.gradient_accumulation_steps == 0
+        held = held and self._buffered_inputs is self._buffer  # which no batch with images has
+        return held and not self.use_adaptive_entropy and super()._spare()
+
+    def _start_again(self) -> Iterator[Any]:
+        here = self._step
+        for number, batch in enumerate(super()._start_again()):
+            self._step = here - self._done + number
+            yield batch
+        self._step = here
+
     # -- what is logged, and what follows the entropy ------------------------------------------------------------------
 
     def _everywhere(self, values: Tensor) -> Any:
@@ -391,6 +416,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             for name, values in metrics.items():
                 metrics[name] = [float(value) for value in values]
         super().log(logs, *args, **kwargs)
+
+
+def _tokens_given(model: Any, inputs: Packed | Mapping[str, Tensor], *others: Any) -> int:
+    return (inputs.row[0] if isinstance(inputs, Packed) else inputs["input_ids"]).numel()
 
 
 def _column(advantages: Tensor) -> Tensor:

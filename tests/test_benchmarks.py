@@ -40,6 +40,17 @@ def test_rows_are_measured_resumed_and_equal_in_loss(tmp_path: Path, monkeypatch
     assert run(path, "hf,ours:lowering=eager:logits=drop") == rows
 
 
+def test_systems_are_checked_against_float32(tmp_path: Path) -> None:
+    rows = run(tmp_path / "rows.json", "float32,hf")
+    assert [r.get("error") for r in rows] == [None, None], rows
+    assert step.deviations(rows) == [] and step.deviations(rows[1:]) == []
+    losses, norm = rows[1]["losses"], rows[1]["first_grad_norm"]
+    wrong = {**rows[1], "losses": [losses[0] * 1.002, *losses[1:]], "first_grad_norm": float("nan")}
+    loss, gradient = step.deviations([rows[0], wrong])
+    assert loss.startswith("hf: loss of the first step") and gradient.startswith("hf: grad_norm")
+    assert step.deviations([rows[0], {**rows[1], "first_grad_norm": norm * 1.03}]) != []
+
+
 def test_a_failure_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     (row,) = run(path, "ours:lowering=nonsense")
@@ -124,6 +135,19 @@ def test_the_readme_shows_the_committed_results() -> None:
     assert table.updated(text, table.tables()) == text, "run python -m benchmarks.table"
     with pytest.raises(ValueError, match="has no"):
         table.updated("nothing", "")
+
+
+def test_ratios_compare_like_with_like() -> None:
+    def row(system: str, speed: float, memory: float, **work: Any) -> dict[str, Any]:
+        workload = {"shape": "s", "mode": "lora", "batch": 1, "seq": 8, "checkpointing": "none", "options": {}} | work
+        made = {"system": system, "workload": workload, "device": "card"}
+        return made | {"tokens_per_s": speed, "peak_allocated_gib": memory}
+
+    rows = [row("ours", 1200, 9), row("recorded", 1500, 9), row("hf", 500, 30), row("liger", 1000, 10)]
+    rows += [row("ours", 900, 4, options={"memory_budget": "4GiB"}), row("hf", 600, 5, checkpointing="hf")]
+    _, _, free, saved = table.ratios([rows]).splitlines()
+    assert free == "| s lora, 1×8 tokens, card | 1,500 | liger | 1.50 × | 0.90 × |"
+    assert saved == "| s lora, 1×8 tokens, memory saved, card | 900 | hf:checkpointing=hf | 1.50 × | 0.80 × |"
 
 
 def test_systems_at_one_time_are_timed_alone(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-from ...kernels.ahead import compile_ahead
 from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
@@ -40,7 +39,7 @@ class Partitioner(CustomPartitionerFn):
     Inductor runs its joint-graph passes first, so dropout arrives here as a function of its seed. Keeping and
     recomputing give the same numbers where recomputed values round like kept ones, which the backend arranges by
     Inductor's ``emulate_precision_casts``. A graph that comes out of Inductor's cache was planned in an earlier
-    process: ``last_plan`` then stays None.
+    process: ``last_plan`` is then what that one wrote down (remembered.py), or None.
 
     Attributes:
         last_plan, last_timeline: what was decided, and the step's memory under it; None before.
@@ -54,15 +53,23 @@ class Partitioner(CustomPartitionerFn):
             device, and none elsewhere.
         strict: raise where planning fails, and where no plan is within the budget (:class:`BudgetError`), instead of
             going on with PyTorch's partition or the smallest plan, and a warning.
+        sizes: the numbers that symbolic sizes have in the batch that is planned for. A graph of another process that
+            was planned for other numbers is not taken for this one.
     """
 
     def __init__(
-        self, budget: int | None = None, policy: str = "auto", *, strict: bool = False, host: int | None = None
+        self,
+        budget: int | None = None,
+        policy: str = "auto",
+        *,
+        strict: bool = False,
+        host: int | None = None,
+        sizes: str = "",
     ) -> None:
         if policy not in ("auto", "keep", "recompute"):
             raise ValueError(f"policy cannot be {policy!r}; it is 'auto', 'keep' or 'recompute'")
         self.policy, self.strict = policy, strict
-        self.budget = budget
+        self.budget, self.sizes = budget, sizes
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
         self.host = _host_bytes() if host is None else host
@@ -104,7 +111,6 @@ class Partitioner(CustomPartitionerFn):
                 half.recompile()
             if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
-        compile_ahead(half.graph for half in halves)
         if plan.offloaded:
             by_way_of_host(*halves, plan.offloaded, num_fwd_outputs)
         self.last_plan = plan
@@ -159,7 +165,8 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{self.host}-{ceilings()}-{_source_digest()}"
+        asked = f"{self.policy}-{self.budget}-{self.free}-{self.host}-{self.sizes}"
+        return f"unsloth-memory-{asked}-{ceilings()}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {

@@ -32,6 +32,8 @@ from .words import gib, sliced_in_words
 
 RUNGS = 256
 BUCKETS = 4096
+WORTH_SLICES = 0.02
+"""Share of a step that slices have to save where the budget does not ask for them."""
 
 
 class Planner:
@@ -103,11 +105,9 @@ class Planner:
         return other if any(other.smallest[0].stretches) else None
 
     def why_not_sliced(self) -> str:
-        """Why no layer is run in slices, in words; nothing where some can be, or where it is not known."""
+        """Why a layer's widest values lie in memory as a whole; nothing where none does, or where nobody has asked."""
         found = self.liveness.slicing
-        if found is None or any(found.members.values()):
-            return ""
-        return next(filter(None, found.reasons.values()), "")
+        return "" if found is None else next(iter(found.reasons.values()), "")
 
     def in_slices(self, plan: Plan, like: Sequence[int] | None = None) -> str:
         """What a plan runs in slices, in words.
@@ -146,17 +146,23 @@ class Planner:
         away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
         timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away, self.rows)
         names = [tuple(tuple(n.name for n in s.operations) for s in half) for half in self.liveness.last_stretches]
+        walk, slices = self.liveness.last_walk, sum(self.slices().values())
         priced = dataclasses.replace(
-            plan, peak_bytes=timeline.peak, seconds=self.again(), parts=timeline.parts,
-            rows=self.rows, stretches=(names[0], names[1]),
-        )  # fmt: skip
+            plan,
+            peak_bytes=timeline.peak,
+            seconds=self.again(),
+            step=sum(map(self.sizes.seconds, walk.operations)) + slices,
+            parts=timeline.parts,
+            rows=self.rows,
+            stretches=(names[0], names[1]),
+        )
         return (self._offloaded(priced, away) if away else priced), timeline
 
     def again(self) -> float:
         """Seconds of what backward ran again in the last timeline, and of what slices cost."""
-        return sum(self.sizes.seconds(n) for n in self.liveness.again()) + sum(self._slices().values())
+        return sum(self.sizes.seconds(n) for n in self.liveness.again()) + sum(self.slices().values())
 
-    def _slices(self) -> dict[tuple[str, int], float]:
+    def slices(self) -> dict[tuple[str, int], float]:
         """Seconds that slices add to each layer in the last timeline."""
         added: dict[tuple[str, int], float] = {}
         if self.rows and (found := self.liveness.slicing) is not None:
@@ -171,9 +177,9 @@ class Planner:
         moved = sum(map(self.sizes.bytes, away))
         halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
         tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
-        seconds = plan.seconds + waited_for(moved, self.sizes.device.link, halves)
-        saved = plan.saved_bytes - moved
-        return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
+        waited = waited_for(moved, self.sizes.device.link, halves)
+        seconds, step, saved = plan.seconds + waited, plan.step + waited, plan.saved_bytes - moved
+        return dataclasses.replace(plan, tags=tags, seconds=seconds, step=step, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
@@ -229,7 +235,7 @@ class Planner:
         padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
         there: dict[Any, list[Pattern]] = {}  # bytes on the device
         self.price(self.smallest[0])
-        added = self._slices()
+        added = self.slices()
         for layer in self.layers:
             gone, more = frozenset(i for i, n in enumerate(layer.values) if n in self.away), added.get(layer.name, 0.0)
             key = (layer.signature, gone, more)
@@ -341,7 +347,8 @@ class Planner:
 def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
     """The fastest plan within a budget; host memory is used where that makes it faster, or possible.
 
-    Where nothing fits otherwise, stretches of layers are run on a few tokens at a time.
+    Stretches of layers are run on a few tokens at a time where nothing fits otherwise, or is slower by more than
+    :data:`WORTH_SLICES`: else a little more memory, with which something fits, would make for a slower step.
 
     Args:
         budget: peak bytes on the device.
@@ -352,10 +359,12 @@ def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeli
         too small for, where there was some to be used.
     """
     found = _fastest_within(planner, budget, host)
-    if found[0].peak_bytes <= budget:
+    fits = found[0].peak_bytes <= budget
+    if fits and found[0].seconds <= WORTH_SLICES * found[0].step:
         return found
-    sliced = [other for rows in ROWS if (other := planner.slicing(rows)) is not None]
-    return _best([found, *(_fastest_within(other, budget, host) for other in sliced)], budget)
+    sliced = [other for rows in (ROWS[:1] if fits else ROWS) if (other := planner.slicing(rows)) is not None]
+    best = _best([found, *(_fastest_within(other, budget, host) for other in sliced)], budget)
+    return found if fits and found[0].seconds - best[0].seconds <= WORTH_SLICES * found[0].step else best
 
 
 def _fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:

@@ -79,6 +79,7 @@ class Slicing:
         sizes: Sizes,
     ) -> None:
         self.joint, self.home, self.reads, self.writes, self.size, self.sizes = joint, home, reads, writes, size, sizes
+        self.maker = {v: op for op, made in writes.items() for v in made}
         self.tokens = Tokens(*shape)  # type: ignore[arg-type]
         self.count = sizes.number(shape[0]) * sizes.number(shape[1])
         self.rules = Rules(self.tokens)
@@ -120,22 +121,25 @@ class Slicing:
         """By layer its widest values that need not lie in memory as a whole."""
         found: dict[tuple[str, int], list[fx.Node]] = defaultdict(list)
         most: dict[tuple[str, int], int] = {}
+        refusals: dict[tuple[str, int], tuple[int, str]] = {}
         for operation in graph.order:
             layer = self.home.get(operation)
             if layer is None or layer in self.wide:
                 continue
             for v in self.writes[operation]:
-                if self.rules.of(v) is not Kind.ROWS or self.size[v] < most.get(layer, 0):
+                size, readers = self.size[v], graph.readers.get(v, ())
+                if self.rules.of(v) is not Kind.ROWS or not readers or v in graph.held:
                     continue
-                readers = graph.readers.get(v, ())
                 refused = [r for r in (self.why_not(operation), *(self.link(reader, v) for reader in readers)) if r]
-                if refused or not readers or v in graph.held:
-                    self.reasons.setdefault(layer, refused[0] if refused else "")
-                    continue
-                if self.size[v] > most.get(layer, 0):
-                    found[layer].clear()
-                most[layer] = self.size[v]
-                found[layer].append(v)
+                if refused:
+                    refusals[layer] = max(refusals.get(layer, (0, "")), (size, refused[0]))
+                elif size >= most.get(layer, 0):
+                    if size > most.get(layer, 0):
+                        found[layer].clear()
+                    most[layer] = size
+                    found[layer].append(v)
+        wider = {layer: reason for layer, (size, reason) in refusals.items() if size >= most.get(layer, 0)}
+        self.reasons |= wider
         return found
 
     def _stretches(self, kind: str, graph: _Order) -> list[Stretch]:
@@ -204,7 +208,7 @@ class Slicing:
             if (refused := self.why_not(op)) is not None:
                 return refused
             for v in self.reads[op]:
-                if maker(v) in around and (refused := self.link(op, v)) is not None:
+                if self.maker.get(v) in around and (refused := self.link(op, v)) is not None:
                     return refused
         reads, writes = graph.border(around)
         for v in writes:
@@ -218,7 +222,7 @@ class Slicing:
         for v in reads:
             if self.rules.of(v) is Kind.COLUMNS:
                 return f"{v.target} has tokens last"
-            if "random" in str(maker(v).target) and self.size.get(v, 0) * 4 >= self.count:
+            if self.size.get(v, 0) * 4 >= self.count and "random" in str(maker(v).target):
                 return "a dropout's random numbers are drawn for all tokens at once"
         return ""
 
@@ -241,8 +245,8 @@ class Slicing:
             made = sum(self.size[v] for v in rows)
             most = max(most, alive + made + self.sizes.workspace(op))
             alive += sum(self.size[v] for v in rows if v in last or v in writes)
-            alive -= sum(self.size[v] for v in self.reads[op] if last[v] == i and maker(v) in inside and v not in writes
-                         and self.rules.of(v) is Kind.ROWS)  # fmt: skip
+            done = [v for v in self.reads[op] if last[v] == i and self.maker.get(v) in inside and v not in writes]
+            alive -= sum(self.size[v] for v in done if self.rules.of(v) is Kind.ROWS)
         if most <= sum(self.size[v] for v in writes):
             return None  # nothing in it is wider than what it hands on
         return Stretch(layer, tuple(ordered), tuple(reads), tuple(writes), whole, most, launches)
@@ -288,22 +292,22 @@ class _Order:
 
     def border(self, around: Collection[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """What these operators read from outside, and what they make that something outside reads."""
-        reads = dict.fromkeys(
-            v for op in sorted(around, key=self.place.__getitem__) for v in self.slicing.reads[op]
-            if maker(v) not in around
-        )  # fmt: skip
+        slicing, readers, held = self.slicing, self.readers, self.held
+        ordered = sorted(around, key=self.place.__getitem__)
+        reads = {v: None for op in ordered for v in slicing.reads[op] if slicing.maker.get(v) not in around}
         writes = [
-            v for op in sorted(around, key=self.place.__getitem__) for v in self.slicing.writes[op]
-            if v in self.held or any(r not in around for r in self.readers.get(v, ()))
+            v for op in ordered for v in slicing.writes.get(op, ())
+            if v in held or any(r not in around for r in readers.get(v, ()))
         ]  # fmt: skip
         return list(reads), writes
 
     def neighbours(self, around: set[fx.Node]) -> list[fx.Node]:
         """Operators that make what these read, or read what they make."""
         reads, writes = self.border(around)
-        found = dict.fromkeys(maker(v) for v in reads if maker(v) in self.place)
+        makers = (self.slicing.maker.get(v) for v in reads)
+        found = dict.fromkeys(op for op in makers if op in self.place)
         found |= dict.fromkeys(r for v in writes for r in self.readers.get(v, ()) if r not in around)
-        return list(found)
+        return [op for op in found if op is not None]
 
     def gain(self, around: set[fx.Node], larger: set[fx.Node]) -> int:
         """How many bytes fewer are alive while the larger stretch runs."""
@@ -314,7 +318,11 @@ class _Order:
         for inside, border in zip((around, larger), borders, strict=True):
             first = min(map(self.place.__getitem__, inside))
             last = max(map(self.place.__getitem__, inside))
-            there = [v for v in either if v in border or (maker(v) not in inside and self._spans(v, first, last))]
+            there = [
+                v
+                for v in either
+                if v in border or (self.slicing.maker.get(v) not in inside and self._spans(v, first, last))
+            ]
             alive.append(sum(size.get(v, 0) for v in there))
         return alive[0] - alive[1]
 
@@ -322,7 +330,7 @@ class _Order:
         """Whether a value is alive anyway while something runs between two places."""
         if value.op == "placeholder" and value in self.slicing.joint.forward_set:
             return True
-        made = self.place.get(maker(value), -1)
+        made = self.place.get(self.slicing.maker.get(value, value), -1)
         until = (
             len(self.order) if value in self.held else max(map(self.place.__getitem__, self.readers[value]), default=-1)
         )

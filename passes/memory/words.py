@@ -128,14 +128,14 @@ def below_floor(budget: int, timeline: Timeline, length: int | None, in_one_piec
     """The message for a budget that no plan meets.
 
     Args:
-        in_one_piece: why layers could not be run in slices of tokens.
+        in_one_piece: why layers' widest values could not be made in slices of tokens, if they could not.
     """
     parts: Mapping[str, int] = timeline.parts
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     told = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     message = f"memory_budget {gib(budget)} is below the floor of {gib(timeline.peak)}: {told}"
     if in_one_piece:
-        message = f"{message}; no layer runs in slices of tokens, because {in_one_piece}"
+        message = f"{message}; layers' widest values are made for all tokens at once, because {in_one_piece}"
     fits = length_that_fits(budget, timeline, length)
     if fits is None:
         return message

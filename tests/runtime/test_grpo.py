@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.runtime.test_replan import short_of_memory
 from tests.runtime.test_trainer import EAGER, adapted
 from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
@@ -343,6 +344,27 @@ def test_a_run_is_that_of_trl_in_two_graphs(tmp_path, settings) -> None:
         assert heads(graph) == ["plain, with statistics, per token"]
         names = {site.operator for report in graph.passes for site in report.rewritten}
         assert {"rms_norm", "rope", "lora_linear"} <= names
+
+
+def test_a_smaller_plan_is_tried_with_the_same_completions(tmp_path, monkeypatch, caplog) -> None:
+    """The step's earlier micro-batch is done again; nothing is generated or logged twice."""
+
+    def everything(made: Any) -> list[dict[str, float]]:
+        made.train()
+        leave = {"tokens_per_second", "total_flos", "step_time"}
+        return [{n: v for n, v in h.items() if n not in leave} for h in made.state.log_history if "loss" in h]
+
+    before = everything(make(GRPOTrainer, tmp_path / "whole", {"compile": False}, optim="sgd"))
+    budgets = short_of_memory(monkeypatch)
+    made = make(GRPOTrainer, tmp_path / "short", {"options": EAGER}, optim="sgd")
+    found, generate = [], made._generate_single_turn
+    made._generate_single_turn = lambda *args, **more: found.append(1) or generate(*args, **more)
+    with caplog.at_level(logging.WARNING):
+        again = everything(made)
+    assert len(budgets) == 3 and caplog.text.count("planned again for") == 2 and len(found) == 3
+    assert len(again) == len(before) == 3
+    for mine, other in zip(again, before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_without_a_reference_and_an_old_policy_there_is_one_graph(tmp_path) -> None:
