@@ -353,7 +353,7 @@ def _profile(step: Callable[[], Any], model: nn.Module, work: Workload) -> dict[
     """Where one step's time goes, and the floor under it; the kernels go into the file that the workload names."""
     profiled = _beside("profiled")
     kernels = profiled.profiled(step)
-    Path(work.profile or os.devnull).write_text(profiled.listed(kernels))
+    Path(work.profile or os.devnull).write_text(f"{profiled.streams(kernels)}\n\n{profiled.listed(kernels)}")
     return {"profile": profiled.split(kernels), "floor": profiled.floor(model, work.batch, work.seq)}
 
 

@@ -175,6 +175,20 @@ def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: p
         other.wait()
 
 
+def test_a_profile_says_which_copies_arithmetic_waits_for() -> None:
+    kernels = [
+        ("mm", 0, 10_000, 7),
+        ("glu", 15_000, 20_000, 7),
+        ("DtoH", 2_000, 12_000, 9),
+        ("DtoH", 16_000, 17_000, 9),
+    ]
+    first, second, pause = profiled.streams(profiled.Kernel(*k) for k in kernels).splitlines()
+    assert first == "stream 7: busy 15.0 of 20.0 ms, idle 5.0"
+    assert second == "stream 9: busy 11.0 ms from 2.0 to 17.0, 2.0 in pauses of the first; DtoH"
+    assert pause.split() == ["pause", "5.00", "ms", "at", "10.0,", "after", "mm,", "before", "glu"]
+    assert profiled.streams([]) == "nothing ran on the device"
+
+
 def test_a_profile_is_split_by_what_kernels_compute() -> None:
     kernels = [
         ("nvjet_tst_128x256_64x4_TNT", 0, 400),
