@@ -9,7 +9,7 @@ elementwise operator overwrites an input of its result's size that nobody reads 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from .costs import LIBRARY_WORKSPACE, Sizes
 from .joint import MOVERS, Joint, base, is_free, is_value, is_view, maker, unpacks
+from .transfers import Arrivals, Copy, Departures, arrive, depart
 
 MOMENTS = 2
 """Tensors per trained one that the optimiser holds: AdamW's two moments, in the parameter's dtype."""
@@ -101,6 +102,8 @@ class _Walk:
     gradients: list[int] = field(default_factory=list)
     working: list[int] = field(default_factory=list)
     operations: list[fx.Node] = field(default_factory=list)
+    flying: list[tuple[fx.Node, ...]] = field(default_factory=list)
+    """By operator the values that are on the device only because their copy is under way."""
 
 
 class Liveness:
@@ -112,12 +115,21 @@ class Liveness:
         sizes: what a value measures.
         fused: whether elementwise operators are fused, as Inductor does; else each writes its result.
         moments: see :data:`MOMENTS`.
+        home: the layer of each value, of which one sends at most all that it sends at one time.
     """
 
     def __init__(
-        self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, fused: bool = True, moments: float = MOMENTS
+        self,
+        joint: Joint,
+        gradients: Sequence[Any],
+        sizes: Sizes,
+        *,
+        fused: bool = True,
+        moments: float = MOMENTS,
+        home: Mapping[fx.Node, Any] | None = None,
     ) -> None:
         self.joint, self.sizes, self.fused, self.moments = joint, sizes, fused, moments
+        self.home = home or {}
         (output,) = joint.graph.find_nodes(op="output")
         flat = [n for n in pytree.tree_leaves(output.args) if isinstance(n, fx.Node)]
         self.gradients = {root(n) for n in gradients if isinstance(n, fx.Node) and is_value(n)}
@@ -157,22 +169,37 @@ class Liveness:
     def timeline(self, kept: Iterable[fx.Node], away: Iterable[fx.Node] = ()) -> Timeline:
         """The timeline of a step that keeps those values, some of them away in host memory until they are read.
 
-        What is away stays until the next one leaves, and comes back one at a time, each while backward works with the
-        one before.
+        When they leave and come back is what :mod:`.transfers` says; ``last_waited`` are the seconds that it takes.
         """
         kept, away = {root(n) for n in kept}, {root(n) for n in away}
         walk = _Walk()
-        forward = self._forward_order(kept)
-        made = {n for op in forward for n in self.writes[op]}
-        leaving = sorted(away & made, key=self.order.__getitem__)
-        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving)
+        forward, backward = self._forward_order(kept), self._backward_order(kept)
+        place = {n: i for i, op in enumerate(forward) for n in self.writes[op] if n in away}
+        leaving = sorted(place, key=place.__getitem__)
+        gone = depart(self._seconds(forward), [self._copy(n, place[n]) for n in leaving], self.sizes.device.link)
+        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=(leaving, gone))
         turn = len(walk.names)
         tangents = {n for n in self.size if n.op == "placeholder" and n not in self.joint.forward_set}
-        self._walk(
-            walk, self._backward_order(kept), (kept - away) | tangents | {*leaving[-1:]}, self.gradients, kept, away
-        )
-        self.last_walk, self.last_turn = walk, turn
+        first = self._first_reads(backward, away)
+        back = arrive(self._seconds(backward), [self._copy(n, i) for n, i in first.items()], self.sizes.device.link)
+        self._walk(walk, backward, (kept - away) | tangents, self.gradients, kept, coming=([*first], back))
+        self.last_walk, self.last_turn, self.last_waited = walk, turn, gone.waited + back.waited
         return Timeline(self.standing, walk.names, turn, walk.kept, walk.gradients, walk.working)
+
+    def _copy(self, value: fx.Node, place: int) -> Copy:
+        return Copy(self.size[value], place, self.home.get(value))
+
+    def _seconds(self, order: list[fx.Node]) -> list[float]:
+        return [busy(op, self.sizes) for op in order]
+
+    def _first_reads(self, order: list[fx.Node], away: Collection[fx.Node]) -> dict[fx.Node, int]:
+        """Where each value that is away is read first, in that order."""
+        first: dict[fx.Node, int] = {}
+        for i, op in enumerate(order):
+            for s in self.reads[op]:
+                if s in away:
+                    first.setdefault(s, i)
+        return first
 
     def again(self) -> list[fx.Node]:
         """The operators of forward that backward ran again in the last timeline."""
@@ -216,46 +243,52 @@ class Liveness:
         alive: set[fx.Node],
         held: set[fx.Node],
         kept: set[fx.Node],
-        away: Collection[fx.Node] = (),
-        leaving: Sequence[fx.Node] = (),
+        *,
+        leaving: tuple[Sequence[fx.Node], Departures] = ((), Departures([], 0.0)),
+        coming: tuple[Sequence[fx.Node], Arrivals] = ((), Arrivals([], 0.0)),
     ) -> None:
         unpacked = {op for op in order if unpacks(op.target) and all(map(is_free, op.all_input_nodes))}
-        sources = self._sources([op for op in order if op not in unpacked], held | {*leaving})
+        sources = self._sources([op for op in order if op not in unpacked], held | {*leaving[0], *coming[0]})
         last = {s: i for i, op in enumerate(order) if op in sources for s in sources[op]}
-        place = {op: i for i, op in enumerate(order)}
-        leave: dict[int, list[fx.Node]] = defaultdict(list)
-        for s, following in zip(leaving, [*leaving[1:], None], strict=False):
-            until = len(order) if following is None else place[maker(following)]
-            if until > last.get(s, -1):  # its copy is under way
-                last[s] = until
-                leave[until].append(s)
+        first = {s: i for i, op in reversed([*enumerate(order)]) if op in sources for s in sources[op]}
+        read_last, leave, sent = dict(last), defaultdict(list), set()
+        for s, until in zip(leaving[0], leaving[1].until, strict=True):
+            if until - 1 > last.get(s, -1):  # its copy is under way
+                last[s] = until - 1
+                leave[until - 1].append(s)
+                sent.add(s)
+        back = defaultdict(list)
+        for s, i in zip(coming[0], coming[1].start, strict=True):
+            back[i].append(s)
         live = sum(self.size[n] for n in alive)
         counted = {n for n in alive if n in kept}  # what leaves for the host is at work until it has left
         kept_bytes = sum(self.size[n] for n in counted)
         finished = 0
         alive = set(alive)
-        back = self._arrivals(order, sources, away)
+        flying: set[fx.Node] = set()
         for i, operation in enumerate(order):
+            for s in back.get(i, ()):
+                alive.add(s)
+                counted.add(s)
+                flying.add(s)
+                live += self.size[s]
+                kept_bytes += self.size[s]
             if operation in unpacked or (operation not in sources):
                 continue
-            for s in back[i]:
-                if s not in alive:
-                    alive.add(s)
-                    counted.add(s)
-                    live += self.size[s]
-                    kept_bytes += self.size[s]
             read = [s for s in sources[operation] if not is_free(s) or s in alive]
             weights = sum(self.size[s] for s in read if maker(s) in unpacked)
             dying = [s for s in read if last[s] == i and s in alive and s not in held]
-            gone = [s for s in leave[i] if s in alive and s not in read]
+            gone = [s for s in leave.get(i, ()) if s in alive and s not in read]
             new = [n for n in self.writes[operation] if n not in alive]
             made = self.made[operation]
             grown = live + made - self._overwrites(operation, made, dying) + weights + self.sizes.workspace(operation)
+            flying -= {s for s in flying if first.get(s, -1) == i}
             walk.names.append(operation.name)
             walk.operations.append(operation)
             walk.kept.append(kept_bytes)
             walk.gradients.append(finished)
             walk.working.append(grown - kept_bytes - finished)
+            walk.flying.append(tuple(flying))
             wanted = [n for n in new if n in last or n in held]  # outputs that nobody wants go at once
             live += sum(self.size[n] for n in wanted)
             alive.update(wanted)
@@ -263,27 +296,13 @@ class Liveness:
             counted.update(saved)
             kept_bytes += sum(self.size[n] for n in saved)
             finished += sum(self.size[n] for n in wanted if n in self.gradients and n in held)
+            flying.update(s for s in (*new, *read) if s in sent and read_last.get(s, i) <= i)
             for s in (*dying, *gone):
                 alive.discard(s)
+                flying.discard(s)
                 live -= self.size[s]
                 if s in counted:
                     kept_bytes -= self.size[s]
-
-    def _arrivals(
-        self, order: list[fx.Node], sources: dict[fx.Node, tuple[fx.Node, ...]], away: Collection[fx.Node]
-    ) -> dict[int, list[fx.Node]]:
-        """Which values come back from the host when: the first when it is read, the others when the one before is."""
-        first: dict[fx.Node, int] = {}
-        for i, op in enumerate(order):
-            for s in sources.get(op, ()):
-                if s in away:
-                    first.setdefault(s, i)
-        arrivals: dict[int, list[fx.Node]] = defaultdict(list)
-        moment: int | None = None
-        for s, i in first.items():  # in the order in which they are read
-            arrivals[i if moment is None else moment].append(s)
-            moment = i
-        return arrivals
 
     def _overwrites(self, operation: fx.Node, made: int, dying: list[fx.Node]) -> int:
         if self.fused and _fuses(operation) and any(self.size[s] == made for s in dying):
@@ -319,6 +338,14 @@ def root(node: fx.Node) -> fx.Node:
         assert isinstance(source, fx.Node)
         node = base(source)
     return node
+
+
+def busy(node: fx.Node, sizes: Sizes) -> float:
+    """Seconds that an operator keeps the device busy; those are none that Inductor fuses, or that unpack a weight for
+    the operator that reads it (whose seconds they are among)."""
+    if node.op != "call_function" or _shows(node) or _is_elementwise(node) or unpacks(node.target):
+        return 0.0
+    return sizes.seconds(node) if maker(node) is node else 0.0
 
 
 def _shows(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
-from .joint import Joint, hint, read_joint
+from .joint import Joint, hint, layers, read_joint
 from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
@@ -99,7 +99,8 @@ class Partitioner(CustomPartitionerFn):
             if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         if plan.offloaded:
-            by_way_of_host(*halves, plan.offloaded, num_fwd_outputs)
+            home = {n.name: layer for n, layer in layers(joint).items()}
+            by_way_of_host(*halves, {name: home.get(name) for name in plan.offloaded}, num_fwd_outputs, Sizes())
         self.last_plan = plan
         return halves
 
@@ -124,7 +125,7 @@ class Partitioner(CustomPartitionerFn):
         if plan.note and self.told_host:
             warnings.warn(f"unsloth: {plan.note}", CompilerWarning, stacklevel=2)
         kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
-        gone = [i for i, layer in enumerate(planner.layers) if any(n in away for n in layer.values)]
+        gone = [away.intersection(layer.values) for layer in planner.layers]
         return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), gone))
 
     def allowed(self, planner: Planner) -> int | None:

@@ -3,13 +3,14 @@
 An integer program per distinct layer, over its values (Jain et al. 2020, Checkmate, arXiv:1910.02653, without time,
 which a layer that is recomputed as a whole does not need):
 
-    minimise    Σ seconds(o) run(o)                    over the layer's operators o that backward runs again
-    subject to  have(v) ≤ keep(v) + run(maker of v)    for every value v
-                run(o) ≤ have(v)                       for every value v that o reads
-                have(v) = 1                            for what backward wants
-                Σ bytes(v) keep(v) ≤ limit
+    minimise    Σ seconds(o) run(o)                              over the operators o that backward runs again
+    subject to  have(v) ≤ keep(v) + away(v) + run(maker of v)    for every value v
+                run(o) ≤ have(v)                                 for every value v that o reads
+                have(v) = 1                                      for what backward wants
+                Σ bytes(v) keep(v) ≤ limit                       on the device
+                Σ bytes(v) away(v) ≤ host                        in host memory, by way of the link
 
-Layers that are alike are solved once.
+Layers that are alike are solved once. How the link and host memory are shared between them is for the planner.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from ...kernels.pinned import whole_pages
 from .costs import Sizes
 from .joint import Joint, inputs, is_free, is_pinned, is_value, maker, unpacks
 from .liveness import root
 
 LIMITS = 12
 """How many numbers of bytes between the least and the most a layer is solved for."""
+SENT = 6
+"""The same where values may leave for the host: of bytes on the device, and of bytes sent."""
+SMALL = 32
+"""A value that is so much smaller than the layer's largest does not leave: a copy costs more than its bytes."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,17 @@ class Pattern:
 
     Attributes:
         kept: positions in :attr:`Layer.values`.
-        bytes: of the kept values.
+        bytes: of the kept values that stay on the device.
         seconds: of what backward runs again for it.
+        away: positions of the kept values that wait in host memory.
+        host: bytes that those take there.
     """
 
     kept: frozenset[int]
     bytes: int
     seconds: float
+    away: frozenset[int] = frozenset()
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,44 @@ def patterns(layer: Layer, joint: Joint, sizes: Sizes) -> list[Pattern]:
         solved = program.solve(limit=least + (everything.bytes - least) * step // LIMITS)
         if solved is not None and solved.seconds > everything.seconds and solved.bytes < everything.bytes:
             found.add(solved)
+    return _unbeaten(found)
+
+
+def sent_patterns(layer: Layer, joint: Joint, sizes: Sizes) -> list[Pattern]:
+    """Further choices, in which values wait in host memory: at least what crosses the layer's border.
+
+    Returns:
+        from the one that takes least on the device and of the link on; none where nothing may leave.
+    """
+    try:
+        program = _Program(layer, joint, sizes)
+    except ImportError:
+        return []
+    crossing = frozenset(i for i in layer.must if program.may_leave[i])
+    if not crossing:
+        return []
+    border = int(sum(program.size[i] for i in crossing))
+    everything = int(sum(program.size[i] for i in layer.most if program.may_leave[i]))
+    first = program.solve(limit=0, host=border, away=crossing)
+    if first is None:  # what must stay takes some
+        least = int(sum(program.size[i] for i in layer.must - crossing))
+        first = program.solve(limit=least, host=border, away=crossing)
+    if first is None:
+        return []
+    found = {first}
+    most = int(sum(program.size[i] for i in layer.most | layer.must)) - border
+    for step in range(1, SENT + 1):
+        found.add(program.solve(limit=first.bytes + (most - first.bytes) * step // SENT, host=border, away=crossing))
+        host = border + (everything - border) * step // SENT
+        found.add(program.solve(limit=first.bytes + program.small, host=host, away=crossing))
+    return _unbeaten(p for p in found if p is not None)
+
+
+def _unbeaten(found: Iterable[Pattern]) -> list[Pattern]:
+    """Those than which none takes less on the device, in host memory and of time; by bytes."""
     best: list[Pattern] = []
-    for pattern in sorted(found, key=lambda p: (p.bytes, p.seconds)):
-        if not best or pattern.seconds < best[-1].seconds - 1e-9:
+    for pattern in sorted(found, key=lambda p: (p.bytes, p.seconds, p.host)):
+        if all(pattern.seconds < p.seconds - 1e-9 or pattern.host < p.host for p in best):
             best.append(pattern)
     return best
 
@@ -141,14 +186,15 @@ class _Program:
         operation = {m: i for i, m in enumerate(makers)}
         count, operators = len(values), len(makers)
         self.count = count
-        # Columns: keep (count), have (count), run (operators).
+        # Columns: keep (count), have (count), run (operators), away (count).
         self.size = np.array([sizes.bytes(n) for n in values], dtype=float)
         self.seconds = np.array([sizes.seconds(m) for m in makers])
-        width = 2 * count + operators
+        width = 3 * count + operators
+        self.sent = 2 * count + operators  # the first column of away
         rows = []
         for n, i in place.items():
             row = np.zeros(width)
-            row[count + i], row[i], row[2 * count + operation[maker(n)]] = 1, -1, -1
+            row[count + i], row[i], row[2 * count + operation[maker(n)]], row[self.sent + i] = 1, -1, -1, -1
             rows.append(row)
         for m, j in operation.items():
             for source in {root(s) for s in m.all_input_nodes if is_value(s)}:
@@ -167,27 +213,58 @@ class _Program:
                 high[2 * count + operation[maker(n)]] = 0
             if unpacks(maker(n).target):
                 high[i] = 0  # keeping what was unpacked would undo the packing
+        largest = max((self.size[i] for i in layer.most | layer.must), default=0)
+        worthy = [SMALL * size >= largest and not high[i] < 1 for i, size in enumerate(self.size)]
+        self.may_leave = [w and i in layer.most | layer.must for i, w in enumerate(worthy)]
+        self.small = int(sum(self.size[i] for i in layer.most if not worthy[i]))
         self.low, self.high = low, high
 
-    def solve(self, *, limit: int | None = None, keep: frozenset[int] | None = None) -> Pattern | None:
-        """The fastest choice within so many bytes, or that keeps just those values; None where there is none."""
-        count, scale = self.count, self.size.sum() or 1.0
+    def solve(
+        self,
+        *,
+        limit: int | None = None,
+        keep: frozenset[int] | None = None,
+        host: int = 0,
+        away: frozenset[int] = frozenset(),
+    ) -> Pattern | None:
+        """The fastest choice within so many bytes, or that keeps just those values; None where there is none.
+
+        Args:
+            limit: bytes on the device.
+            host: bytes in host memory.
+            away: what waits there in any case.
+        """
+        count, scale, sent = self.count, self.size.sum() or 1.0, self.sent
         low, high = self.low.copy(), self.high.copy()
         if keep is not None:
             low[:count] = high[:count] = [i in keep for i in range(count)]
+        high[sent:] = [bool(host) and leaves for leaves in self.may_leave]
+        for i in away:
+            low[i] = high[i] = 0
+            low[sent + i] = 1
         # Ties go to fewer bytes: a layer's altogether weigh as much as a tenth of a microsecond.
-        cost = np.concatenate([self.size / scale * 1e-1, np.zeros(count), self.seconds * 1e6])
+        rest = np.zeros(count)
+        cost = np.concatenate([self.size / scale * 1e-1, rest, self.seconds * 1e6, self.size / scale * 1e-1])
         constraints = [self._constraint(self.rows, -np.inf, 0)]
-        if limit is not None:
-            kept = np.concatenate([self.size / scale, np.zeros(len(cost) - count)])
-            constraints.append(self._constraint(kept, -np.inf, limit / scale * (1 + 1e-9)))
+        middle = np.zeros(sent - count)
+        for there, bound in ((np.concatenate([self.size, middle, rest]), limit),
+                             (np.concatenate([rest, middle, self.size]), host or None)):  # fmt: skip
+            if bound is not None:
+                constraints.append(self._constraint(there / scale, -np.inf, bound / scale * (1 + 1e-9)))
         bounds, whole = self._bounds(low, high), np.ones(len(cost))
         solved = self._milp(cost, integrality=whole, bounds=bounds, constraints=constraints)
         if solved.x is None:
             return None
         chosen = np.round(solved.x).astype(int)
-        kept = frozenset(int(i) for i in np.flatnonzero(chosen[:count]))
-        return Pattern(kept, int(sum(self.size[i] for i in kept)), float(self.seconds @ chosen[2 * count :]))
+        gone = frozenset(int(i) for i in np.flatnonzero(chosen[sent:]))
+        stays = frozenset(int(i) for i in np.flatnonzero(chosen[:count])) - gone
+        return Pattern(
+            stays | gone,
+            int(sum(self.size[i] for i in stays)),
+            float(self.seconds @ chosen[2 * count : sent]),
+            gone,
+            sum(whole_pages(int(self.size[i])) for i in gone),
+        )
 
 
 def members(layer: Layer, pattern: Pattern) -> Sequence[fx.Node]:

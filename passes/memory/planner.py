@@ -4,7 +4,7 @@ Every repeated layer chooses one of its patterns (patterns.py). What a step need
 what the layers up to i keep, and what layer i itself takes; so the choice is a shortest path over the layers with the
 bytes kept so far as its state, and exact up to the width of a bucket of bytes (the multiple-choice knapsack, Kellerer
 et al. 2004, with a limit per layer). It places what is recomputed in the first layers, whose backward runs when little
-else is alive.
+else is alive. Where values may wait in host memory, what that or the link still holds is a second state (shortest.py).
 
 Plans form a ladder from the smallest to the fastest that does not depend on the budget: a larger budget stands on a
 rung at least as high, so it is never slower.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +24,19 @@ from torch import fx
 from ...kernels.pinned import whole_pages
 from .costs import Sizes
 from .joint import Joint, is_statistic, layers
-from .liveness import MOMENTS, Liveness, Timeline, root
-from .patterns import Layer, Pattern, members, patterns, read_layers
+from .liveness import MOMENTS, Liveness, Timeline, busy, root
+from .patterns import Layer, Pattern, members, patterns, read_layers, sent_patterns
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
+from .shortest import Sending, shortest, that_leave
 from .words import gib
 
-RUNGS = 256
-BUCKETS = 4096
+RUNGS = 1024
+TRIES = 4
+"""How often a plan is looked for that comes closer to its limit."""
+CLOSE = 0.01
+"""The share of a limit that may stay unused."""
+CARRIED = 0.95
+"""The share of the link's speed that plans count on."""
 
 
 class Planner:
@@ -44,19 +50,20 @@ class Planner:
         fused: whether elementwise operators are fused.
 
     Attributes:
-        away: values that wait in host memory wherever a plan keeps them.
+        host: bytes of host memory that plans may take; 0 for none.
     """
 
     def __init__(
         self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, moments: float = MOMENTS, fused: bool = True
     ) -> None:
         self.joint, self.sizes = joint, sizes
-        self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused)
         self.by_name = {n.name: n for n in joint.forward}
         self.home = layers(joint)
-        self.away: frozenset[fx.Node] = frozenset()
+        self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused, home=self.home)
+        self.host = 0
+        self.alone: Planner | None = None  # the same without host memory
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
-        self.others: dict[frozenset[fx.Node], Planner] = {}
+        self.others: dict[int, Planner] = {}
 
     @functools.cached_property
     def residuals(self) -> list[fx.Node]:
@@ -66,9 +73,9 @@ class Planner:
         return [n for n in nodes if n in self.home and root(n) is n and not is_statistic(n)][:-1]
 
     def offloading(self, host: int) -> Planner | None:
-        """A planner whose plans leave what crosses the borders of layers in host memory, as far as it goes.
+        """A planner whose plans may leave values in host memory: what crosses the borders of layers first.
 
-        The last layer's value stays, and the last ones' do where not all can go.
+        The last layer's values stay: backward reads them first.
 
         Args:
             host: bytes of host memory that may be taken.
@@ -76,16 +83,16 @@ class Planner:
         Returns:
             None where there is nothing to offload, or no room for it.
         """
-        residuals = self.residuals
-        away = frozenset(residuals[i] for i in that_fit(map(self.sizes.bytes, residuals), host))
-        if not away:
+        if not that_fit(map(self.sizes.bytes, self.residuals), host):
             return None
-        if away not in self.others:
-            self.others[away] = other = copy.copy(self)
-            other.away, other.rungs = away, {}
-            for name in ("fastest", "smallest", "layers", "choices", "needs"):
+        if host not in self.others:
+            _ = self.layers, self.choices, self.fastest  # which both share
+            self.others[host] = other = copy.copy(self)
+            other.host, other.rungs = host, {}
+            for name in ("smallest", "choices", "needs"):
                 vars(other).pop(name, None)
-        return self.others[away]
+            other.alone = self
+        return self.others[host]
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
@@ -93,24 +100,16 @@ class Planner:
 
     def price(self, plan: Plan) -> tuple[Plan, Timeline]:
         """The plan with its peak and its seconds, and the step's timeline."""
-        away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
-        timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away)
-        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=self.again(), parts=timeline.parts)
-        return (self._offloaded(priced, away) if away else priced), timeline
+        kept, away = ([self.by_name[name] for name in names] for names in (plan.saved, plan.offloaded))
+        timeline = self.liveness.timeline(kept, away)
+        seconds = self.again() + self.liveness.last_waited
+        moved = sum(map(self.sizes.bytes, away))
+        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=seconds, parts=timeline.parts)
+        return dataclasses.replace(priced, saved_bytes=plan.saved_bytes - moved, host_bytes=moved), timeline
 
     def again(self) -> float:
         """Seconds of what backward ran again in the last timeline."""
         return sum(self.sizes.seconds(n) for n in self.liveness.again())
-
-    def _offloaded(self, plan: Plan, away: set[fx.Node]) -> Plan:
-        """The same plan with those values in host memory; the link is waited for where arithmetic does not hide it."""
-        walk, turn = self.liveness.last_walk, self.liveness.last_turn
-        moved = sum(map(self.sizes.bytes, away))
-        halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
-        tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
-        seconds = plan.seconds + waited_for(moved, self.sizes.device.link, halves)
-        saved = plan.saved_bytes - moved
-        return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
@@ -119,37 +118,44 @@ class Planner:
 
     @functools.cached_property
     def smallest(self) -> tuple[Plan, Timeline]:
-        """As little kept as can be."""
-        return self.price(recompute_plan(self.joint))
+        """As little on the device as can be."""
+        if self.alone is None:
+            return self.price(recompute_plan(self.joint))
+        found = [self.alone.smallest, *(self.price(self.assembled(ranks)) for ranks in self.least())]
+        return min(found, key=lambda f: (f[0].peak_bytes, f[0].seconds))
+
+    def least(self) -> list[list[int]]:
+        """Choices that may take the least on the device: everywhere the pattern that takes least of the link, or the
+        one that does with the lowest peak, as long as host memory has room."""
+        inside, _ = self.needs
+        sent = range(self.unsent, inside.shape[1])
+        ranks = {self.unsent, min(sent, key=lambda rank: inside[:-1, rank].max(initial=0))}
+        return [that_leave(self.choices, rank, self.host) for rank in sorted(ranks)]
 
     def within(self, budget: int) -> tuple[Plan, Timeline]:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
         if self.fastest[0].peak_bytes <= budget:
             return self.fastest
-        low, high = 0, RUNGS
         if not self.layers or self.smallest[0].peak_bytes > budget:
             return min(self.smallest, self.fastest, key=lambda found: found[0].peak_bytes)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.rung(middle)[0].peak_bytes <= budget else (low, middle)
-        return self.rung(low)
+        return self.rung(highest_rung(self.smallest[0].peak_bytes, self.fastest[0].peak_bytes, budget))
 
     def rung(self, step: int) -> tuple[Plan, Timeline]:
         """A step of the ladder: the fastest plan within that share of the way from the smallest to the fastest."""
         if step not in self.rungs:
             least, most = self.smallest[0].peak_bytes, self.fastest[0].peak_bytes
-            chosen = self._choose(least + (most - least) * step // RUNGS) if step else None
-            found = self.price(self.assembled(chosen)) if chosen else self.smallest
-            # What the model of the ladder overlooks shall not make a plan that is larger and slower than the smallest.
-            if found[0].seconds > self.smallest[0].seconds:
-                found = self.smallest
-            self.rungs[step] = found
+            build = lambda chosen: self.price(self.assembled(chosen))  # noqa: E731
+            found = fastest_of(least + (most - least) * step // RUNGS, self._choose, build) if step else None
+            # What the model of the ladder overlooks shall not make a plan that is larger and slower than a smaller one.
+            below = self.rung(lower_rung(step)) if step else self.smallest
+            self.rungs[step] = found if found is not None and found[0].seconds < below[0].seconds else below
         return self.rungs[step]
 
     # -- the layers' choices -------------------------------------------------------------------------------------------
 
     @functools.cached_property
     def layers(self) -> list[Layer]:
+        """In the order of forward; the same with and without host memory."""
         least, most = ([self.by_name[name] for name in plan.saved] for plan, _ in (self.smallest, self.fastest))
         return read_layers(self.joint, self.home, (least, most), self.sizes)
 
@@ -157,24 +163,28 @@ class Planner:
     def choices(self) -> list[list[Pattern]]:
         """Per layer its patterns, as many for each (the last repeated), so that patterns of one rank make a plan."""
         solved: dict[Any, list[Pattern]] = {}
-        for layer in self.layers:
-            if layer.signature not in solved:
-                found = patterns(layer, self.joint, self.sizes)
-                solved[layer.signature] = found or self._extremes(layer)
+        for i, layer in enumerate(self.layers):
+            if (key := self._kind(i)) not in solved:
+                if self.alone is None:
+                    solved[key] = patterns(layer, self.joint, self.sizes) or self._extremes(layer)
+                else:
+                    solved[key] = sent_patterns(layer, self.joint, self.sizes) if key[1] else []
+                    solved[key] = solved[key] or self.alone.choices[i][:1]
         longest = max(map(len, solved.values()))
-        layer_choices: list[list[Pattern]] = []
-        padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
-        there: dict[Any, list[Pattern]] = {}  # bytes on the device
-        for layer in self.layers:
-            gone = frozenset(i for i, n in enumerate(layer.values) if n in self.away)
-            if (layer.signature, gone) not in there:
-                there[layer.signature, gone] = [self._without(p, layer, gone) for p in padded[layer.signature]]
-            layer_choices.append(there[layer.signature, gone])
-        return layer_choices
+        padded = {key: [*found, *[found[-1]] * (longest - len(found))] for key, found in solved.items()}
+        if self.alone is not None:  # the others come first
+            kinds = {self._kind(i): choice for i, choice in enumerate(self.alone.choices)}
+            padded = {key: kinds[key] + found for key, found in padded.items()}
+        return [padded[self._kind(i)] for i in range(len(self.layers))]
 
-    def _without(self, pattern: Pattern, layer: Layer, gone: frozenset[int]) -> Pattern:
-        moved = sum(self.sizes.bytes(layer.values[i]) for i in pattern.kept & gone)
-        return dataclasses.replace(pattern, bytes=pattern.bytes - moved) if moved else pattern
+    def _kind(self, layer: int) -> tuple[Any, bool]:
+        """What layers have in common whose patterns are the same; the last one's values do not leave."""
+        return self.layers[layer].signature, self.alone is not None and layer < len(self.layers) - 1
+
+    @property
+    def unsent(self) -> int:
+        """How many patterns keep everything on the device; they are each layer's first ones, by bytes."""
+        return len((self.alone or self).choices[0])
 
     def _extremes(self, layer: Layer) -> list[Pattern]:
         """Without a solver: all or nothing. The figures are those of the plans as a whole, shared evenly."""
@@ -222,51 +232,71 @@ class Planner:
 
     def _choose(self, limit: int) -> list[int] | None:
         """Each layer's pattern, the fastest together within a limit; None where there are none."""
-        return self.shortest(self.choices, *self.needs, limit - self.liveness.standing.total)
+        room = limit - self.liveness.standing.total
+        return shortest(self.choices, *self.needs, room, self.sending(self.host) if self.alone is not None else None)
 
-    @staticmethod
-    def shortest(choices: Sequence[Sequence[Pattern]], inside: np.ndarray, outside: int, room: int) -> list[int] | None:
-        """A pattern per layer, so that their seconds are fewest and no moment needs more than ``room`` bytes.
-
-        Args:
-            choices: per layer its patterns.
-            inside: [layer, pattern], bytes in that layer beside those that the layers up to it keep.
-            outside: bytes elsewhere beside all that is kept.
-            room: bytes.
-        """
-        bucket = max(1, -(-sum(max(p.bytes for p in choice) for choice in choices) // BUCKETS))
-        levels = np.arange(BUCKETS + len(choices) + 1) * bucket
-        best = np.full(len(levels), np.inf)
-        best[0] = 0.0
-        taken = []
-        for i, choice in enumerate(choices):
-            after, which = np.full(len(levels), np.inf), np.zeros(len(levels), dtype=int)
-            for p, pattern in enumerate(choice):
-                shift = round(pattern.bytes / bucket)
-                moved = np.full(len(levels), np.inf)
-                moved[shift:] = best[: len(levels) - shift] + pattern.seconds
-                moved[levels + inside[i, p] > room] = np.inf
-                better = moved < after
-                after[better], which[better] = moved[better], p
-            best = after
-            taken.append(which)
-        best[levels + outside > room] = np.inf
-        at = int(np.argmin(best))
-        if not np.isfinite(best[at]):
-            return None
-        chosen = []
-        for choice, which in zip(reversed(choices), reversed(taken), strict=True):
-            chosen.append(int(which[at]))
-            at -= round(choice[chosen[-1]].bytes / bucket)
-        return _ascending(choices, chosen[::-1])
+    def sending(self, host: int) -> Sending:
+        """What bounds that which plans send, with so much host memory."""
+        busiest = sum(busy(n, self.sizes) for n in self.joint.forward if n in self.home and n in self.joint.needed)
+        return Sending(host, self.sizes.device.link * CARRIED, busiest / len(self.layers))
 
     def assembled(self, chosen: Sequence[int]) -> Plan:
         """The plan in which each layer keeps its chosen pattern, and the rest of the model as little as it can."""
-        least = [self.by_name[name] for name in self.smallest[0].saved]
+        alone = self.alone or self
+        least = [self.by_name[name] for name in alone.smallest[0].saved]
         kept = {n for n in least if n not in self.home}
+        away: list[fx.Node] = []
         for layer, choice, rank in zip(self.layers, self.choices, chosen, strict=True):
             kept.update(members(layer, choice[rank]))
-        return plan_of("mixed", self.joint, kept, "")
+            away += [layer.values[i] for i in choice[rank].away]
+        plan = plan_of("mixed", self.joint, kept, "")
+        gone = {n.name: Tag.OFFLOAD for n in away if n.name in plan.tags}
+        return dataclasses.replace(plan, tags={**plan.tags, **gone})
+
+
+def highest_rung(least: int, most: int, budget: int) -> int:
+    """The highest rung of a ladder from one peak to another that is within a budget."""
+    return min(RUNGS, (budget - least) * RUNGS // max(1, most - least))
+
+
+def lower_rung(step: int) -> int:
+    """One below, which many have in common."""
+    return next((step // stride * stride for stride in (32, 256) if step % stride), 0)
+
+
+def fastest_of(
+    limit: int,
+    choose: Callable[[int], list[int] | None],
+    build: Callable[[list[int]], tuple[Plan, Timeline]],
+) -> tuple[Plan, Timeline] | None:
+    """The fastest plan found whose peak is within a limit; None where there is none.
+
+    Args:
+        choose: the patterns of each layer for a limit, whose plan may miss it, because what a layer holds depends on
+            what its neighbours send.
+        build: their plan.
+    """
+    at, best = limit, None
+    low: int | None = None  # the highest limit with a plan that fits, and the lowest with one that does not
+    high: int | None = None
+    for _ in range(TRIES):
+        chosen = choose(at)
+        if chosen is None:
+            if high is None:
+                break
+            at = (at + high) // 2
+            continue
+        found = build(chosen)
+        miss = limit - found[0].peak_bytes
+        if miss >= 0:
+            if best is None or found[0].seconds < best[0].seconds:
+                best = found
+            if miss <= CLOSE * limit:
+                break
+            low, at = at, at + miss if high is None else (at + high) // 2
+        else:
+            high, at = at, at + miss if low is None else (low + at) // 2
+    return best
 
 
 def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
@@ -280,14 +310,12 @@ def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeli
         the plan and its timeline. Where nothing fits it is the one that needs least. Its note says what host memory was
         too small for, where there was some to be used.
     """
-    found = planner.within(budget)
-    if not host or (found[0].policy == "keep" and found[0].peak_bytes <= budget):
-        return found
-    candidates = [found]
-    if (other := planner.offloading(host)) is not None:
-        candidates.append(other.within(budget))
-    fit = [c for c in candidates if c[0].peak_bytes <= budget]
-    plan, timeline = min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
+    if not host or planner.fastest[0].peak_bytes <= budget:
+        return planner.within(budget)
+    found = [(planner.offloading(host) or planner).within(budget)]
+    if found[0][0].peak_bytes > budget:
+        found.append(planner.within(budget))
+    plan, timeline = min(found, key=lambda f: f[0].peak_bytes)
     return dataclasses.replace(plan, note=planner.short_of_host(host)), timeline
 
 
@@ -327,24 +355,3 @@ def too_little(sizes: Sequence[int], host: int) -> str:
         f"host memory of {gib(host)} holds the residuals of {there} layers, and those of {len(sizes)} take "
         f"{gib(needed)}: the others stay on the device, and more is computed again instead"
     )
-
-
-def waited_for(moved: int, link: float, halves: Iterable[float]) -> float:
-    """Seconds that forward and backward, busy for so long, wait for that many bytes to leave or to come back."""
-    return sum(max(0.0, moved / link - busy) for busy in halves)
-
-
-def _ascending(choices: Sequence[Sequence[Pattern]], chosen: list[int]) -> list[int]:
-    """The same patterns, those that keep less in the earlier of layers that are alike.
-
-    Of plans that are equally fast this one keeps the least at every moment, and reads best.
-    """
-    alike: dict[int, list[int]] = {}
-    for i, choice in enumerate(choices):
-        alike.setdefault(id(choice[0]), []).append(i)
-    result = list(chosen)
-    for places in alike.values():
-        ranks = sorted((chosen[i] for i in places), key=lambda rank, at=places[0]: choices[at][rank].bytes)
-        for i, rank in zip(places, ranks, strict=True):
-            result[i] = rank
-    return result

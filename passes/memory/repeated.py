@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .liveness import Standing, Timeline
 from .plan import Plan
-from .planner import RUNGS, Planner, that_fit, too_little, waited_for
+from .planner import RUNGS, Planner, fastest_of, highest_rung, lower_rung, that_fit, too_little
+from .shortest import shortest, that_leave, waited
 from .words import in_words
 
 
@@ -29,6 +30,8 @@ class _Stretch:
     kept: np.ndarray
     gradients: np.ndarray
     working: np.ndarray
+    foreign: np.ndarray
+    """Bytes among those of other parts' values whose copies are under way."""
     finished: int
     """Bytes of gradients that it leaves."""
     seconds: float
@@ -36,6 +39,18 @@ class _Stretch:
     @property
     def most(self) -> int:
         return int((self.kept + self.gradients + self.working).max(initial=0))
+
+    def beside(self, other: _Stretch | None) -> _Stretch:
+        """The same beside what of other parts is under way in another plan's stretch of this part."""
+        if other is None or other is self:
+            return self
+        there, found, last = dict(zip(other.names, other.foreign, strict=True)), [], 0
+        for name in self.names:
+            last = there.get(name, last)  # operators that only one of them runs again
+            found.append(last)
+        return dataclasses.replace(
+            self, working=self.working - self.foreign + np.array(found, dtype=self.working.dtype)
+        )
 
 
 Planned = tuple[Plan, Timeline]
@@ -49,42 +64,30 @@ class Deep:
         like: for each layer of the real model the traced one that it is like; the first and the last traced layer
             stand for themselves.
         standing: what lies on the device all through the step, of the real model.
-        away: a planner of the same graph whose layers leave their residuals in host memory.
-        gone: the layers of the real model that do so.
+        host: bytes of host memory that plans may take, where the planner's layers may send values there.
     """
 
-    def __init__(
-        self,
-        planner: Planner,
-        like: Sequence[int],
-        standing: Standing,
-        away: Planner | None = None,
-        gone: Collection[int] = (),
-    ) -> None:
-        self.planner, self.like, self.standing = planner, list(like), standing
-        self.away, self.gone = away if gone else None, frozenset(gone)
-        everyone = len(self.gone) >= len(self.like) - 1
-        # Where some stay, the last that leaves is on the device until backward asks for it, and by then the one before
-        # is on its way back.
-        absent = {*range(len(self.like))} if everyone else {*sorted(self.gone)[:-2]}
-        self.sources = [self.away if self.away and i in absent else planner for i in range(len(self.like))]
-        self.choices = [source.choices[i] for source, i in zip(self.sources, self.like, strict=True)]
+    def __init__(self, planner: Planner, like: Sequence[int], standing: Standing, host: int = 0) -> None:
+        self.planner, self.like, self.standing, self.host = planner, list(like), standing, host
+        self.choices = [planner.choices[i] for i in self.like]
         self.ranks = range(len(planner.choices[0]))
         self.outside = 0.0  # seconds of what backward runs again of the rest of the model
-        self.parts = {source: [self._stretches(source, rank) for rank in self.ranks] for source in {*self.sources}}
-        self.ends = self.parts[self.sources[-1]]
-        self.others: dict[frozenset[int], Deep] = {}
+        self.parts = [self._stretches(rank) for rank in self.ranks]
+        self.others: dict[int, Deep] = {}
         self.rungs: dict[int, Planned] = {}
 
     @functools.cached_property
     def fastest(self) -> Planned:
         """Everything kept."""
-        return self.of([self.ranks[-1]] * len(self.like))
+        return self.of([self.planner.unsent - 1] * len(self.like))
 
     @functools.cached_property
     def smallest(self) -> Planned:
-        """As little kept as can be."""
-        return self.of([0] * len(self.like))
+        """As little on the device as can be."""
+        found = [self.of([0] * len(self.like))]
+        if self.host:
+            found += [self.of(that_leave(self.choices, rank, self.host)) for rank in self.ranks[self.planner.unsent :]]
+        return min(found, key=lambda f: (f[0].peak_bytes, f[0].seconds))
 
     @property
     def residuals(self) -> list[int]:
@@ -96,7 +99,7 @@ class Deep:
         return [traced[i] for i in self.like[:-1]]
 
     def offloading(self, host: int) -> Deep | None:
-        """The same with residuals in host memory, those of the last layers left out where not all have room there.
+        """The same whose layers may leave values in host memory.
 
         Args:
             host: bytes of host memory that may be taken.
@@ -104,13 +107,12 @@ class Deep:
         Returns:
             None where there is no room.
         """
-        gone = frozenset(that_fit(self.residuals, host))
-        away = self.planner.offloading(1 << 62) if gone else None
+        away = self.planner.offloading(1 << 62) if that_fit(self.residuals, host) else None
         if away is None:
             return None
-        if gone not in self.others:
-            self.others[gone] = Deep(self.planner, self.like, self.standing, away, gone)
-        return self.others[gone]
+        if host not in self.others:
+            self.others[host] = Deep(away, self.like, self.standing, host)
+        return self.others[host]
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
@@ -123,19 +125,14 @@ class Deep:
             return fastest
         if smallest[0].peak_bytes > budget:
             return smallest
-        low, high, best = 0, RUNGS, smallest
-        while high - low > 1:
-            middle = (low + high) // 2
-            found = self._rung(middle, smallest, fastest)
-            low, high, best = (middle, high, found) if found[0].peak_bytes <= budget else (low, middle, best)
-        return best
+        return self._rung(highest_rung(smallest[0].peak_bytes, fastest[0].peak_bytes, budget), smallest, fastest)
 
     def _rung(self, step: int, smallest: Planned, fastest: Planned) -> Planned:
         if step not in self.rungs:
             least, most = smallest[0].peak_bytes, fastest[0].peak_bytes
-            chosen = self._choose(least + (most - least) * step // RUNGS)
-            found = self.of(chosen) if chosen else smallest
-            self.rungs[step] = found if found[0].seconds <= smallest[0].seconds else smallest
+            found = fastest_of(least + (most - least) * step // RUNGS, self._choose, self.of) if step else None
+            below = self._rung(lower_rung(step), smallest, fastest) if step else smallest
+            self.rungs[step] = found if found is not None and found[0].seconds < below[0].seconds else below
         return self.rungs[step]
 
     def of(self, ranks: Sequence[int]) -> Planned:
@@ -143,35 +140,41 @@ class Deep:
         timeline, halves = self._composed(ranks)
         patterns = [choice[rank] for choice, rank in zip(self.choices, ranks, strict=True)]
         layers = [self.planner.layers[i] for i in self.like]
-        kept = [{layer.values[i] for i in p.kept} for layer, p in zip(layers, patterns, strict=True)]
-        moved = sum(size for i, size in enumerate(self.residuals) if i in self.gone)
-        seconds = sum(p.seconds for p in patterns) + self.outside
+        kept, away = (
+            [{layer.values[i] for i in getattr(p, name)} for layer, p in zip(layers, patterns, strict=True)]
+            for name in ("kept", "away")
+        )
         policy = "mixed"
-        if all(rank == self.ranks[-1] for rank in ranks):
+        if all(rank == self.planner.unsent - 1 for rank in ranks):
             policy = "keep"
         elif not any(ranks):
             policy = "recompute"
+        sent = [sum(self.planner.sizes.bytes(n) for n in gone) for gone in away]
+        link = self.planner.sizes.device.link
+        late = waited(sent, halves[0], link) + waited(sent[::-1], halves[1], link)
         plan = Plan(
             policy,
             {},
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
+            seconds=sum(p.seconds for p in patterns) + self.outside + late,
             parts=timeline.parts,
-            words=in_words(layers, kept, sorted(self.gone)),
-            host_bytes=moved,
+            words=in_words(layers, kept, away),
+            host_bytes=sum(sent),
         )
         return plan, timeline
 
     # -- stretches -----------------------------------------------------------------------------------------------------
 
-    def _stretches(self, planner: Planner, rank: int) -> dict[Any, _Stretch]:
+    def _stretches(self, rank: int) -> dict[Any, _Stretch]:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
-        count = len(planner.layers)
+        planner, count = self.planner, len(self.planner.layers)
         _, timeline = planner.price(planner.assembled([rank] * count))
         self.outside = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
-        places, operations = planner.places(), planner.liveness.last_walk.operations
+        position = {layer.name: i for i, layer in enumerate(planner.layers)}
+        walk = planner.liveness.last_walk
+        places, operations = planner.places(), walk.operations
         bytes_of = [choice[rank].bytes for choice in planner.choices]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
         moments: dict[Any, list[int]] = {}
@@ -189,24 +192,29 @@ class Deep:
             finished = max(0, int(end - start)) if key[0] == "backward" else 0
             names = [timeline.names[i] for i in at]
             seconds = sum(planner.sizes.seconds(operations[i]) for i in at)
-            found[key] = _Stretch(names, kept[at] - below, gradients[at] - start, working[at], finished, seconds)
+            others = [[n for n in walk.flying[i] if position.get(planner.home.get(n, ("", -1))) != place] for i in at]
+            foreign = np.array([sum(map(planner.sizes.bytes, there)) for there in others], dtype=working.dtype)
+            mine = kept[at] - below, gradients[at] - start, working[at], foreign
+            found[key] = _Stretch(names, *mine, finished, seconds)
         return found
 
-    def _composed(self, ranks: Sequence[int]) -> tuple[Timeline, tuple[float, float]]:
-        """The step's timeline, and the seconds of forward and of backward."""
+    def _composed(self, ranks: Sequence[int]) -> tuple[Timeline, tuple[list[float], list[float]]]:
+        """The step's timeline, and the seconds of each layer's forward, and of each one's backward from the last on."""
         bytes_of = [choice[rank].bytes for choice, rank in zip(self.choices, ranks, strict=True)]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
-        layers = list(enumerate(zip(self.sources, self.like, ranks, strict=True)))
+        count = len(ranks)
 
-        def layer(phase: str, i: int, source: Planner, traced: int, rank: int) -> tuple[_Stretch | None, int]:
-            return self.parts[source][rank].get((phase, traced)), before[i]
+        def part(phase: str, i: int) -> tuple[_Stretch | None, int]:
+            """Layer i, or the head; beside it the values of the layer before are under way."""
+            key = phase, self.like[i] if i < count else "head"
+            own, neighbour = ranks[min(i, count - 1)], ranks[max(0, min(i, count - 1) - 1)]
+            stretch = self.parts[own].get(key)
+            return (stretch and stretch.beside(self.parts[neighbour].get(key))), before[i]
 
-        forward = [(self.ends[ranks[0]].get(("forward", "before")), 0)]
-        forward += [layer("forward", i, *rest) for i, rest in layers]
-        forward.append((self.ends[ranks[-1]].get(("forward", "head")), before[-1]))
-        backward = [(self.ends[ranks[-1]].get(("backward", "head")), before[-1])]
-        backward += [layer("backward", i, *rest) for i, rest in reversed(layers)]
-        backward.append((self.ends[ranks[0]].get(("backward", "after")), 0))
+        forward = [(self.parts[ranks[0]].get(("forward", "before")), 0)]
+        forward += [part("forward", i) for i in range(count + 1)]
+        backward = [part("backward", i) for i in reversed(range(count + 1))]
+        backward.append((self.parts[ranks[0]].get(("backward", "after")), 0))
         names: list[str] = []
         kept: list[int] = []
         gradients: list[int] = []
@@ -216,31 +224,35 @@ class Deep:
         for half in (forward, backward):
             length = len(names)
             there = [(stretch, below) for stretch, below in half if stretch is not None]
-            seconds.append(sum(stretch.seconds for stretch, _ in there))
+            seconds.append([stretch.seconds if stretch else 0.0 for stretch, _ in half])
             for stretch, below in there:
                 names += stretch.names
                 kept += [int(k + below) for k in stretch.kept]
                 gradients += [int(g + finished) for g in stretch.gradients]
                 working += [int(w) for w in stretch.working]
                 finished += stretch.finished
-        return Timeline(self.standing, names, length, kept, gradients, working), (seconds[0], seconds[1])
+        # What the head takes goes to the last layer: the link works meanwhile.
+        _, *forth, head = seconds[0]
+        first, *back, _ = seconds[1]
+        halves = [*forth[:-1], forth[-1] + head], [back[0] + first, *back[1:]]
+        return Timeline(self.standing, names, length, kept, gradients, working), halves
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 
     def _choose(self, limit: int) -> list[int] | None:
-        traced = list(zip(self.sources, self.like, strict=True))
-        grown = [max(self._finished(self.parts[s][rank], ("backward", i)) for rank in self.ranks) for s, i in traced]
-        head = max(self._finished(self.ends[rank], ("backward", "head")) for rank in self.ranks)
+        grown = [max(self._finished(parts, ("backward", i)) for parts in self.parts) for i in self.like]
+        head = max(self._finished(parts, ("backward", "head")) for parts in self.parts)
         above = [head + sum(grown[i + 1 :]) for i in range(len(grown))]
         inside = np.array(
             [
-                [self._inside(self.parts[s][rank], t, over, self.choices[i][rank].bytes) for rank in self.ranks]
-                for i, ((s, t), over) in enumerate(zip(traced, above, strict=True))
+                [self._inside(parts, t, over, choice[rank].bytes) for rank, parts in enumerate(self.parts)]
+                for choice, t, over in zip(self.choices, self.like, above, strict=True)
             ]
         )
         ends = [("forward", "head"), ("backward", "head")]
-        outside = max(self.ends[r][k].most for r in self.ranks for k in ends if k in self.ends[r])
-        return self.planner.shortest(self.choices, inside, outside, limit - self.standing.total)
+        outside = max(parts[k].most for parts in self.parts for k in ends if k in parts)
+        sending = self.planner.sending(self.host) if self.host else None
+        return shortest(self.choices, inside, outside, limit - self.standing.total, sending)
 
     @staticmethod
     def _finished(parts: Mapping[Any, _Stretch], key: Any) -> int:

@@ -26,17 +26,30 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Sequence[int] = ()) -> str:
+def in_words(
+    layers: Sequence[Layer],
+    kept: Sequence[Collection[fx.Node]],
+    away: Sequence[Collection[fx.Node]] | None = None,
+) -> str:
     """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
 
     Args:
         kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
-        away: the layers whose residual, what they hand on to the next one, waits in host memory.
+        away: per layer what of that waits in host memory. What a layer hands on to the next one is its residual.
     """
     told = _in_words(layers, kept)
-    if not away:
-        return told
-    return "; ".join(filter(None, (told, f"offload residuals of {len(away)} of {len(layers)} layers ({_spans(away)})")))
+    where: dict[str, list[int]] = defaultdict(list)
+    for i, (layer, gone) in enumerate(zip(layers, away or (), strict=bool(away))):
+        if gone:
+            labels = _labels(layer)
+            names = {"residuals" if p in layer.must else labels[p] for p in labels if layer.values[p] in gone}
+            for name in sorted(names):
+                where[name].append(i)
+    groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, there in sorted(where.items(), key=lambda item: (item[0] != "residuals", item[0])):
+        groups[tuple(there)].append(name)
+    spans = [f"{', '.join(n)} of {len(g)} of {len(layers)} layers ({_spans(g)})" for g, n in groups.items()]
+    return "; ".join(filter(None, (told, *(f"offload {span}" for span in spans))))
 
 
 def _in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:

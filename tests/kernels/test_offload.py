@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.oracle import DEVICE
 from unsloth.kernels import offload as module
-from unsloth.kernels.offload import fetch, offload
+from unsloth.kernels.offload import fetch, offload, prefetch, settle
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "dense": lambda x: x,
@@ -36,19 +36,29 @@ def test_what_comes_back_is_what_left(layout: Callable[[Tensor], Tensor]) -> Non
     assert torch.equal(back, x)
 
 
-def test_the_next_one_is_under_way_and_each_is_its_own() -> None:
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_each_is_its_own_however_many_are_under_way(ahead: int) -> None:
     """Many values, memory that is used again at once, and more arithmetic than copies, or fewer."""
     for size in (64, 1024):
         a = random(size, size)
         values = [random(256, 256, seed=i) for i in range(12)]
         truth = [x.clone() for x in values]
+        leaving: list[tuple[Tensor, Tensor]] = []
         hosts = []
         while values:
-            hosts.append(offload(values.pop(0)))
+            x = values.pop(0)
+            leaving.append((offload(x), x))
+            del x
             a = a @ a / size
+            if len(leaving) > ahead:
+                hosts.append(settle(a, *leaving.pop(0)))
             torch.full((256, 256), 7.0, device=DEVICE)  # takes the memory that was just given back
+        hosts += [settle(a, *left) for left in leaving]
+        coming = {i: prefetch(a, hosts[i]) for i in range(12 - ahead, 12)}
         for i in reversed(range(12)):
-            x = fetch(a, hosts[i], hosts[i - 1] if i % 3 else None)
+            if ahead and i - ahead >= 0:
+                coming[i - ahead] = prefetch(a, hosts[i - ahead])
+            x = fetch(a, hosts[i], coming.pop(i, None))
             a = a @ a / size
             assert torch.equal(x, truth[i]), i
     module.forget()
@@ -57,16 +67,21 @@ def test_the_next_one_is_under_way_and_each_is_its_own() -> None:
 def test_a_copy_that_nobody_asked_for_is_not_taken_for_another() -> None:
     x, other = random(8, 8), random(8, 8, seed=1)
     first, second = offload(x), offload(other)
-    fetch(x, first, second)  # and the backward pass ends here
+    prefetch(x, first)
+    prefetch(x, second)
+    fetch(x, first, None)  # and the backward pass ends here
     third = offload(x + 1)
     assert torch.equal(fetch(x, third, None), x + 1)
     assert torch.equal(fetch(x, second, None), other)
+    module.forget()
 
 
-@pytest.mark.parametrize("name", ["offload", "fetch"])
+@pytest.mark.parametrize("name", ["offload", "settle", "prefetch", "fetch"])
 def test_the_operators_are_what_the_dispatcher_is_told(name: str) -> None:
     x = random(4, 6)
     host = offload(x)
-    args = {"offload": (x,), "fetch": (x, host, host)}[name]
-    checks = ("test_schema", "test_faketensor")
+    args = {"offload": (x,), "settle": (x, host, x), "prefetch": (x, host), "fetch": (x, host, None)}[name]
+    # settle returns what it is given, and says that it does not
+    checks = ("test_faketensor",) if name == "settle" else ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.unsloth_launch, name).default, args, test_utils=checks)
+    module.forget()
