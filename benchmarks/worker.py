@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +334,49 @@ def _profile(step: Callable[[], Any], path: Path) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    path.write_text(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+    found = profiler.profiler.kineto_results.events() if profiler.profiler is not None else []
+    spans = [
+        (e.device_resource_id(), e.name(), e.start_ns() / 1e6, (e.start_ns() + e.duration_ns()) / 1e6)
+        for e in found
+        if e.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+    table = profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90)
+    path.write_text(f"{streams(spans)}\n{table}")
+
+
+def streams(spans: Iterable[tuple[int, str, float, float]]) -> str:
+    """What each stream of a device did in a step, and what copies were under way while the busiest one did nothing.
+
+    Args:
+        spans: of kernels and copies: stream, name, start and end in ms.
+    """
+    by_stream: dict[int, list[tuple[float, float, str]]] = {}
+    for stream, name, start, end in spans:
+        if end > start:
+            by_stream.setdefault(stream, []).append((start, end, name))
+    if not by_stream:
+        return "no device events"
+    busy = {stream: sum(end - start for start, end, _ in found) for stream, found in by_stream.items()}
+    main = max(busy, key=busy.__getitem__)
+    begin = min(start for found in by_stream.values() for start, _, _ in found)
+    gaps, last, before = [], begin, "the beginning"
+    for start, end, name in sorted(by_stream[main]):
+        if start > last:
+            gaps.append((last, start, before, name))
+        last, before = max(last, end), name if end >= last else before
+    lines = [
+        f"stream {main}: busy {busy[main]:.1f} of {last - begin:.1f} ms, idle {sum(b - a for a, b, *_ in gaps):.1f}"
+    ]
+    for stream in sorted(by_stream.keys() - {main}):
+        copies = sorted(by_stream[stream])
+        beside = sum(max(0.0, min(b, end) - max(a, start)) for a, b, *_ in gaps for start, end, _ in copies)
+        what = max({name for *_, name in copies}, key=[name for *_, name in copies].count)
+        span = f"{copies[0][0] - begin:.1f} to {max(end for _, end, _ in copies) - begin:.1f}"
+        told = f"stream {stream}: busy {busy[stream]:.1f} ms ({what}) from {span}, {beside:.1f} of it beside idle gaps"
+        lines.append(told)
+    for a, b, before, after in sorted(gaps, key=lambda g: g[0] - g[1])[:12]:
+        lines.append(f"  idle {b - a:8.2f} ms at {a - begin:8.1f}: after {before[:60]}, before {after[:60]}")
+    return "\n".join(lines)
 
 
 def environment(device: str) -> dict[str, Any]:

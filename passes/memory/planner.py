@@ -146,9 +146,9 @@ class Planner:
             least, most = self.smallest[0].peak_bytes, self.fastest[0].peak_bytes
             build = lambda chosen: self.price(self.assembled(chosen))  # noqa: E731
             found = fastest_of(least + (most - least) * step // RUNGS, self._choose, build) if step else None
-            # What the model of the ladder overlooks shall not make a plan that is larger and slower than a smaller one.
-            below = self.rung(lower_rung(step)) if step else self.smallest
-            self.rungs[step] = found if found is not None and found[0].seconds < below[0].seconds else below
+            if found is None:  # what a layer's neighbours send was in the way
+                found = self.rung(step & (step - 1)) if step else self.smallest
+            self.rungs[step] = min(found, self.smallest, key=lambda f: f[0].seconds)
         return self.rungs[step]
 
     # -- the layers' choices -------------------------------------------------------------------------------------------
@@ -257,11 +257,6 @@ class Planner:
 def highest_rung(least: int, most: int, budget: int) -> int:
     """The highest rung of a ladder from one peak to another that is within a budget."""
     return min(RUNGS, (budget - least) * RUNGS // max(1, most - least))
-
-
-def lower_rung(step: int) -> int:
-    """One below, which many have in common."""
-    return next((step // stride * stride for stride in (32, 256) if step % stride), 0)
 
 
 def fastest_of(

@@ -17,7 +17,7 @@ import numpy as np
 
 from .liveness import Standing, Timeline
 from .plan import Plan
-from .planner import RUNGS, Planner, fastest_of, highest_rung, lower_rung, that_fit, too_little
+from .planner import RUNGS, Planner, fastest_of, highest_rung, that_fit, too_little
 from .shortest import shortest, that_leave, waited
 from .words import in_words
 
@@ -131,8 +131,9 @@ class Deep:
         if step not in self.rungs:
             least, most = smallest[0].peak_bytes, fastest[0].peak_bytes
             found = fastest_of(least + (most - least) * step // RUNGS, self._choose, self.of) if step else None
-            below = self._rung(lower_rung(step), smallest, fastest) if step else smallest
-            self.rungs[step] = found if found is not None and found[0].seconds < below[0].seconds else below
+            if found is None:
+                found = self._rung(step & (step - 1), smallest, fastest) if step else smallest
+            self.rungs[step] = min(found, smallest, key=lambda f: f[0].seconds)
         return self.rungs[step]
 
     def of(self, ranks: Sequence[int]) -> Planned:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import fx
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import run_and_get_code
 
@@ -33,12 +35,19 @@ def _fresh_dynamo():
 
 
 class Away(Partitioner):
-    """As little as possible on the device, whatever it costs."""
+    """What crosses the borders of layers in host memory, or everything that may be, whatever it costs."""
+
+    link: float | None = None
+    everything = False
 
     def choose(self, joint: Any, gradients: Sequence[Any]) -> Plan:
-        other = Planner(joint, gradients, Sizes()).offloading(self.host)
+        sizes = Sizes()
+        sizes.device = replace(sizes.device, link=self.link or sizes.device.link)
+        other = Planner(joint, gradients, sizes).offloading(self.host)
         assert other is not None
-        plan, self.last_timeline = other.smallest
+        sent = range(other.unsent, len(other.choices[0]))
+        rank = max(sent, key=lambda rank: other.choices[0][rank].host) if self.everything else other.unsent
+        plan, self.last_timeline = other.price(other.assembled([rank] * len(other.layers)))
         return plan
 
 
@@ -68,12 +77,44 @@ def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() 
     assert timeline.peak == plan.peak_bytes and plan.host_bytes == len(plan.offloaded) * BOUNDARY
     assert len(plan.offloaded) == LAYERS - 1 and plan.tags[plan.offloaded[0]] is Tag.OFFLOAD
     assert f"offload residuals of {LAYERS - 1} of {LAYERS} layers (0–{LAYERS - 2})" in plan.words
-    calls = {kind: [n for n in gm.graph.nodes if "unsloth_launch" in str(n.target)] for kind, gm in seen.items()}
-    assert [n.args[0].name for n in calls["forward"]] == plan.offloaded
-    fetched = [n.args[1].name for n in calls["backward"]]
+    calls = {kind: _calls(gm) for kind, gm in seen.items()}
+    assert [n.args[0].name for n in calls["forward"]["offload"]] == plan.offloaded
+    fetched = [n.args[1].name for n in calls["backward"]["fetch"]]
     assert fetched == plan.offloaded[::-1]  # backward begins with the last layer
-    ahead = [n.args[2].name for n in calls["backward"][:-1]]
-    assert ahead == fetched[1:] and calls["backward"][-1].args[2] is None
+    assert [n.args[1].name for n in calls["backward"]["prefetch"]] == fetched[-len(calls["backward"]["prefetch"]) :]
+    assert all(n.args[2] in calls["backward"]["prefetch"] for n in calls["backward"]["fetch"][1:])
+
+
+def _calls(gm: fx.GraphModule) -> dict[str, list[Any]]:
+    """Our copies in a graph, by name."""
+    found: dict[str, list[Any]] = {"offload": [], "settle": [], "prefetch": [], "fetch": []}
+    for node in gm.graph.nodes:
+        if "unsloth_launch" in str(node.target) and node.target._opname in found:
+            found[node.target._opname].append(node)
+    return found
+
+
+def test_everything_may_wait_there_with_the_same_numbers() -> None:
+    """Each value leaves once, is held until its copy is done, and comes back before it is read."""
+    model = Model(layers=4)
+    expected, kept, _ = run(model, Partitioner(policy="keep", host=0))
+    seen: dict[str, Any] = {}
+    partitioner = Away(host=1 << 30)
+    partitioner.everything = True
+    found, plan, timeline = run(model, partitioner, seen)
+    assert_same_bits(found, expected)
+    sent, back = _calls(seen["forward"]), _calls(seen["backward"])
+    assert len(plan.offloaded) == len(sent["offload"]) == len(sent["settle"]) == len(back["fetch"]) > 3 * 4
+    order = {n: i for i, n in enumerate(seen["forward"].graph.nodes)}
+    for copy, done in zip(sent["offload"], sent["settle"], strict=True):
+        assert done.args[1:] == (copy, copy.args[0]) and order[copy] < order[done]
+        assert max(order[u] for u in copy.args[0].users) == order[done] or order[done] > order[copy]
+    order = {n: i for i, n in enumerate(seen["backward"].graph.nodes)}
+    for fetched in back["fetch"]:
+        reads = [order[u] for u in fetched.users]
+        assert min(reads) > order[fetched] > order.get(fetched.args[2], -1)
+    assert plan.host_bytes == kept.saved_bytes - plan.saved_bytes or plan.host_bytes > kept.saved_bytes // 2
+    assert timeline.peak < kept.peak_bytes
 
 
 def test_host_memory_limits_what_waits_there() -> None:
@@ -89,24 +130,15 @@ def test_a_budget_that_everything_fits_in_uses_no_host_memory() -> None:
 def test_the_link_is_waited_for_where_arithmetic_does_not_hide_it() -> None:
     seconds = {}
     for link in (1e6, 1e15):
-
-        class Slow(Away):
-            def choose(self, joint: Any, gradients: Sequence[Any], link: float = link) -> Plan:
-                sizes = Sizes()
-                sizes.device = sizes.device.__class__(**{**vars(sizes.device), "link": link})
-                planner = Planner(joint, gradients, sizes).offloading(self.host)
-                assert planner is not None
-                plan, self.last_timeline = planner.smallest
-                return plan
-
-        _, plan, _ = run(Model(layers=4), Slow(host=1 << 30))
-        seconds[link] = plan.seconds
+        partitioner = Away(host=1 << 30)
+        partitioner.link = link
+        seconds[link] = run(Model(layers=4), partitioner)[1].seconds
     assert seconds[1e6] - seconds[1e15] == pytest.approx(2 * 3 * BOUNDARY / 1e6, rel=0.05)
 
 
 def test_inductor_leaves_the_copies_where_they_were_put() -> None:
     """A value leaves right after it is made; it is fetched in its layer's turn, not at backward's start."""
-    model = Model(layers=4)
+    model = Model(layers=3)
 
     def through(partitioner: Partitioner) -> Any:
         torch._dynamo.reset()
@@ -114,17 +146,20 @@ def test_inductor_leaves_the_copies_where_they_were_put() -> None:
         compiled = torch.compile(model, backend=lambda gm, xs: compile_fx(gm, xs, config_patches=patches))
         return gradients(compiled, model, ids(length=LENGTH))
 
+    partitioner = Away(host=1 << 30)
+    partitioner.everything = True
     with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
-        (loss, found), (forward, backward) = run_and_get_code(lambda: through(Away(host=1 << 30)))
+        (loss, found), (forward, backward) = run_and_get_code(lambda: through(partitioner))
     eager_loss, expected = gradients(model, model, ids(length=LENGTH))
-    assert abs(loss - eager_loss) < 1e-6 and found.keys() == expected.keys()
+    assert abs(loss - eager_loss) <= 1e-6 * abs(eager_loss) and found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-    ours_or_products = r"(?<== torch\.ops\.)unsloth_launch\.\w+|extern_kernels\.mm"
-    order = [re.findall(ours_or_products, code) for code in (forward, backward)]
-    for calls, kind in zip(order, ("unsloth_launch.offload", "unsloth_launch.fetch"), strict=True):
+    assert partitioner.last_plan is not None
+    ours_or_products = r"(?<== torch\.ops\.unsloth_launch\.)\w+|extern_kernels\.mm"
+    sent, back = (re.findall(ours_or_products, code) for code in (forward, backward))
+    count = len(partitioner.last_plan.offloaded)
+    assert Counter(sent)["offload"] == Counter(sent)["settle"] == Counter(back)["fetch"] == count
+    assert 0 < Counter(back)["prefetch"] <= count
+    for calls, kind in ((sent, "offload"), (sent, "settle"), (back, "prefetch"), (back, "fetch")):
         places = [i for i, call in enumerate(calls) if call == kind]
-        assert len(places) == 3
-        products = len(calls) - 3
-        between = [b - a - 1 for a, b in pairwise(places)]
-        assert min(between) >= products // 8, calls  # a layer's products lie between its value and the next one's
+        assert places[-1] - places[0] > len(calls) // 3, (kind, calls)  # spread over the layers, not all at one end
