@@ -110,7 +110,7 @@ class MemoryPlan:
         lines.append(f"plan        {self.plan.policy}: {self.plan.words or 'no repeated layers'}")
         if self.plan.note:
             lines.append(f"            {self.plan.note}")
-        lines.append(f"host        {gib(self.plan.host_bytes)} of {gib(self.host_memory)} hold residuals")
+        lines.append(f"host        {gib(self.plan.host_bytes)} of {gib(self.host_memory)} hold what waits for backward")
         waiting = " and waiting for the link" if self.plan.host_bytes else ""
         lines.append(f"time        {self.plan.seconds * 1e3:.1f} ms of a step go into computing again{waiting}")
         lines.append(f"range       {gib(self.smallest)} (as little as can be) to {gib(self.fastest)} (everything kept)")

@@ -27,16 +27,16 @@ from .joint import Joint, is_statistic, layers
 from .liveness import MOMENTS, Liveness, Timeline, busy, root
 from .patterns import Layer, Pattern, members, patterns, read_layers, sent_patterns
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
-from .shortest import Sending, shortest, that_leave
+from .shortest import Sending, least_held, shortest
 from .words import gib
 
 RUNGS = 1024
-TRIES = 4
-"""How often a plan is looked for that comes closer to its limit."""
-CLOSE = 0.01
-"""The share of a limit that may stay unused."""
+STRIDES = (16, 128)
+"""A rung is compared with the next lower one that is a multiple of one of these."""
 CARRIED = 0.95
 """The share of the link's speed that plans count on."""
+TRIES = 8
+"""How often a plan is looked for that keeps to a limit."""
 
 
 class Planner:
@@ -125,12 +125,8 @@ class Planner:
         return min(found, key=lambda f: (f[0].peak_bytes, f[0].seconds))
 
     def least(self) -> list[list[int]]:
-        """Choices that may take the least on the device: everywhere the pattern that takes least of the link, or the
-        one that does with the lowest peak, as long as host memory has room."""
-        inside, _ = self.needs
-        sent = range(self.unsent, inside.shape[1])
-        ranks = {self.unsent, min(sent, key=lambda rank: inside[:-1, rank].max(initial=0))}
-        return [that_leave(self.choices, rank, self.host) for rank in sorted(ranks)]
+        """Choices of which one holds the least on the device."""
+        return least_held(self.choices, self.unsent, self.needs[0], self.host)
 
     def within(self, budget: int) -> tuple[Plan, Timeline]:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
@@ -144,10 +140,11 @@ class Planner:
         """A step of the ladder: the fastest plan within that share of the way from the smallest to the fastest."""
         if step not in self.rungs:
             least, most = self.smallest[0].peak_bytes, self.fastest[0].peak_bytes
-            build = lambda chosen: self.price(self.assembled(chosen))  # noqa: E731
-            found = fastest_of(least + (most - least) * step // RUNGS, self._choose, build) if step else None
-            if found is None:  # what a layer's neighbours send was in the way
-                found = self.rung(step & (step - 1)) if step else self.smallest
+            limit = least + (most - least) * step // RUNGS
+            found = fastest_of(limit, self.choices, self.needs, self._choose, self._built) if step else None
+            if found is None or step % STRIDES[-1]:  # what a layer's neighbours send may have been in the way
+                below = self.rung(lower_rung(step)) if step else self.smallest
+                found = below if found is None else min(found, below, key=lambda f: f[0].seconds)
             self.rungs[step] = min(found, self.smallest, key=lambda f: f[0].seconds)
         return self.rungs[step]
 
@@ -202,16 +199,15 @@ class Planner:
         inside = np.zeros((len(self.layers), count))
         outside = 0
         for rank in range(count):
-            plan = self.assembled([rank] * len(self.layers))
-            timeline = self.price(plan)[1]
-            prefix = np.cumsum([choice[rank].bytes for choice in self.choices])
-            totals = np.add(np.add(timeline.kept, timeline.gradients), timeline.working)
-            for total, place in zip(totals, self.places(), strict=True):
-                if place is None:
-                    outside = max(outside, int(total - prefix[-1]))
-                else:
-                    inside[place, rank] = max(inside[place, rank], total - prefix[place])
+            _, inside[:, rank], beside = self._built([rank] * len(self.layers))
+            outside = max(outside, beside)
         return inside, outside
+
+    def _built(self, chosen: list[int]) -> tuple[tuple[Plan, Timeline], np.ndarray, int]:
+        """The plan of each layer's pattern, and what it needs, as :attr:`needs` has it."""
+        found = self.price(self.assembled(chosen))
+        bytes_of = [choice[rank].bytes for choice, rank in zip(self.choices, chosen, strict=True)]
+        return found, *held(found[1], self.places(), bytes_of)
 
     def places(self) -> list[int | None]:
         """By operator of the last walk the layer it belongs to: its own, that of what it reads, or the one before's."""
@@ -230,10 +226,11 @@ class Planner:
             places.append(last)
         return places
 
-    def _choose(self, limit: int) -> list[int] | None:
+    def _choose(self, limit: int, inside: np.ndarray, outside: int) -> list[int] | None:
         """Each layer's pattern, the fastest together within a limit; None where there are none."""
         room = limit - self.liveness.standing.total
-        return shortest(self.choices, *self.needs, room, self.sending(self.host) if self.alone is not None else None)
+        sending = self.sending(self.host) if self.alone is not None else None
+        return shortest(self.choices, inside, outside, room, sending)
 
     def sending(self, host: int) -> Sending:
         """What bounds that which plans send, with so much host memory."""
@@ -259,39 +256,63 @@ def highest_rung(least: int, most: int, budget: int) -> int:
     return min(RUNGS, (budget - least) * RUNGS // max(1, most - least))
 
 
+def lower_rung(step: int) -> int:
+    """One below, which many have in common."""
+    return next((step // stride * stride for stride in STRIDES if step % stride), step & (step - 1))
+
+
 def fastest_of(
     limit: int,
-    choose: Callable[[int], list[int] | None],
-    build: Callable[[list[int]], tuple[Plan, Timeline]],
+    choices: Sequence[Sequence[Pattern]],
+    needs: tuple[np.ndarray, int],
+    choose: Callable[[int, np.ndarray, int], list[int] | None],
+    build: Callable[[list[int]], tuple[tuple[Plan, Timeline], np.ndarray, int]],
 ) -> tuple[Plan, Timeline] | None:
     """The fastest plan found whose peak is within a limit; None where there is none.
 
+    What a layer holds depends a little on what its neighbour sends, so a plan may miss its limit: what was overlooked
+    is noted, and the choice made again.
+
     Args:
-        choose: the patterns of each layer for a limit, whose plan may miss it, because what a layer holds depends on
-            what its neighbours send.
-        build: their plan.
+        choices: per layer its patterns.
+        needs: bytes by layer and pattern, and outside of them, as :attr:`Planner.needs` has them.
+        choose: the patterns of each layer for a limit and such needs.
+        build: their plan, and its needs.
     """
-    at, best = limit, None
-    low: int | None = None  # the highest limit with a plan that fits, and the lowest with one that does not
-    high: int | None = None
+    inside, outside, room = needs[0].copy(), needs[1], limit
     for _ in range(TRIES):
-        chosen = choose(at)
-        if chosen is None:
-            if high is None:
-                break
-            at = (at + high) // 2
-            continue
-        found = build(chosen)
-        miss = limit - found[0].peak_bytes
-        if miss >= 0:
-            if best is None or found[0].seconds < best[0].seconds:
-                best = found
-            if miss <= CLOSE * limit:
-                break
-            low, at = at, at + miss if high is None else (at + high) // 2
+        if (chosen := choose(room, inside, outside)) is None:
+            break
+        found, there, beside = build(chosen)
+        if (miss := found[0].peak_bytes - limit) <= 0:
+            return found
+        known = beside <= outside
+        outside = max(outside, beside)
+        for choice, rank, taken in zip(choices, chosen, there, strict=True):
+            alike = [i for i, other in enumerate(choices) if other is choice]
+            known = known and taken <= inside[alike, rank].min()
+            inside[alike, rank] = np.maximum(inside[alike, rank], taken)
+        if known:  # what is kept was rounded to buckets
+            room -= miss
+    return None
+
+
+def held(timeline: Timeline, places: Sequence[int | None], bytes_of: Sequence[int]) -> tuple[np.ndarray, int]:
+    """What a step holds in each layer beside what the layers up to it keep, and outside of them beside all of that.
+
+    Args:
+        places: by operator the layer that it belongs to.
+        bytes_of: what each layer keeps.
+    """
+    prefix = np.cumsum(bytes_of)
+    inside, outside = np.zeros(len(prefix)), 0
+    totals = np.add(np.add(timeline.kept, timeline.gradients), timeline.working)
+    for total, place in zip(totals, places, strict=True):
+        if place is None:
+            outside = max(outside, int(total - prefix[-1]))
         else:
-            high, at = at, at + miss if low is None else (low + at) // 2
-    return best
+            inside[place] = max(inside[place], total - prefix[place])
+    return inside, outside
 
 
 def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:

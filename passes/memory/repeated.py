@@ -17,8 +17,8 @@ import numpy as np
 
 from .liveness import Standing, Timeline
 from .plan import Plan
-from .planner import RUNGS, Planner, fastest_of, highest_rung, that_fit, too_little
-from .shortest import shortest, that_leave, waited
+from .planner import RUNGS, STRIDES, Planner, fastest_of, held, highest_rung, lower_rung, that_fit, too_little
+from .shortest import least_held, shortest, waited
 from .words import in_words
 
 
@@ -86,7 +86,7 @@ class Deep:
         """As little on the device as can be."""
         found = [self.of([0] * len(self.like))]
         if self.host:
-            found += [self.of(that_leave(self.choices, rank, self.host)) for rank in self.ranks[self.planner.unsent :]]
+            found += map(self.of, least_held(self.choices, self.planner.unsent, self.needs[0], self.host))
         return min(found, key=lambda f: (f[0].peak_bytes, f[0].seconds))
 
     @property
@@ -130,9 +130,11 @@ class Deep:
     def _rung(self, step: int, smallest: Planned, fastest: Planned) -> Planned:
         if step not in self.rungs:
             least, most = smallest[0].peak_bytes, fastest[0].peak_bytes
-            found = fastest_of(least + (most - least) * step // RUNGS, self._choose, self.of) if step else None
-            if found is None:
-                found = self._rung(step & (step - 1), smallest, fastest) if step else smallest
+            limit = least + (most - least) * step // RUNGS
+            found = fastest_of(limit, self.choices, self.needs, self._choose, self._built) if step else None
+            if found is None or step % STRIDES[-1]:
+                below = self._rung(lower_rung(step), smallest, fastest) if step else smallest
+                found = below if found is None else min(found, below, key=lambda f: f[0].seconds)
             self.rungs[step] = min(found, smallest, key=lambda f: f[0].seconds)
         return self.rungs[step]
 
@@ -205,17 +207,19 @@ class Deep:
         before = np.concatenate([[0], np.cumsum(bytes_of)])
         count = len(ranks)
 
-        def part(phase: str, i: int) -> tuple[_Stretch | None, int]:
+        def part(phase: str, i: int) -> tuple[_Stretch | None, int, int | None]:
             """Layer i, or the head; beside it the values of the layer before are under way."""
             key = phase, self.like[i] if i < count else "head"
             own, neighbour = ranks[min(i, count - 1)], ranks[max(0, min(i, count - 1) - 1)]
             stretch = self.parts[own].get(key)
-            return (stretch and stretch.beside(self.parts[neighbour].get(key))), before[i]
+            return (stretch and stretch.beside(self.parts[neighbour].get(key))), before[i], i if i < count else None
 
-        forward = [(self.parts[ranks[0]].get(("forward", "before")), 0)]
+        forward: list[tuple[_Stretch | None, int, int | None]]
+        forward = [(self.parts[ranks[0]].get(("forward", "before")), 0, None)]
         forward += [part("forward", i) for i in range(count + 1)]
         backward = [part("backward", i) for i in reversed(range(count + 1))]
-        backward.append((self.parts[ranks[0]].get(("backward", "after")), 0))
+        backward.append((self.parts[ranks[0]].get(("backward", "after")), 0, None))
+        self.places: list[int | None] = []
         names: list[str] = []
         kept: list[int] = []
         gradients: list[int] = []
@@ -224,10 +228,12 @@ class Deep:
         seconds = []
         for half in (forward, backward):
             length = len(names)
-            there = [(stretch, below) for stretch, below in half if stretch is not None]
-            seconds.append([stretch.seconds if stretch else 0.0 for stretch, _ in half])
-            for stretch, below in there:
+            seconds.append([stretch.seconds if stretch else 0.0 for stretch, *_ in half])
+            for stretch, below, place in half:
+                if stretch is None:
+                    continue
                 names += stretch.names
+                self.places += [place] * len(stretch.names)
                 kept += [int(k + below) for k in stretch.kept]
                 gradients += [int(g + finished) for g in stretch.gradients]
                 working += [int(w) for w in stretch.working]
@@ -240,7 +246,20 @@ class Deep:
 
     # -- the choice ----------------------------------------------------------------------------------------------------
 
-    def _choose(self, limit: int) -> list[int] | None:
+    def _choose(self, limit: int, inside: np.ndarray, outside: int) -> list[int] | None:
+        sending = self.planner.sending(self.host) if self.host else None
+        return shortest(self.choices, inside, outside, limit - self.standing.total, sending)
+
+    def _built(self, chosen: list[int]) -> tuple[Planned, np.ndarray, int]:
+        """The plan of each layer's pattern, and what it needs, as :attr:`needs` has it."""
+        found = self.of(chosen)
+        bytes_of = [choice[rank].bytes for choice, rank in zip(self.choices, chosen, strict=True)]
+        return found, *held(found[1], self.places, bytes_of)
+
+    @functools.cached_property
+    def needs(self) -> tuple[np.ndarray, int]:
+        """Bytes that a step holds in layer i under its pattern p beside what the layers up to i keep, [i, p]; and
+        those that it holds outside of the layers beside all that is kept."""
         grown = [max(self._finished(parts, ("backward", i)) for parts in self.parts) for i in self.like]
         head = max(self._finished(parts, ("backward", "head")) for parts in self.parts)
         above = [head + sum(grown[i + 1 :]) for i in range(len(grown))]
@@ -251,9 +270,7 @@ class Deep:
             ]
         )
         ends = [("forward", "head"), ("backward", "head")]
-        outside = max(parts[k].most for parts in self.parts for k in ends if k in parts)
-        sending = self.planner.sending(self.host) if self.host else None
-        return shortest(self.choices, inside, outside, limit - self.standing.total, sending)
+        return inside, max(parts[k].most for parts in self.parts for k in ends if k in parts)
 
     @staticmethod
     def _finished(parts: Mapping[Any, _Stretch], key: Any) -> int:

@@ -66,14 +66,26 @@ def shortest(
     return chosen
 
 
-def that_leave(choices: Sequence[Sequence[Pattern]], rank: int, host: int) -> list[int]:
-    """Patterns of one rank for the first layers, as many as host memory has room for; of rank 0 elsewhere."""
-    chosen = []
-    for choice in choices:
-        fits = choice[rank].host <= host
-        host -= choice[rank].host if fits else 0
-        chosen.append(rank if fits else 0)
-    return chosen
+def least_held(choices: Sequence[Sequence[Pattern]], unsent: int, inside: np.ndarray, host: int) -> list[list[int]]:
+    """Choices of which one holds the least at its peak: in every layer the pattern that takes least of the link, or the
+    one with which a layer needs least.
+
+    Args:
+        unsent: how many patterns of each layer send nothing; they are the first ones.
+        inside: bytes by layer and pattern.
+        host: bytes of host memory: where it has no room for more, the last layers keep what crosses their border.
+    """
+    sent = range(unsent, inside.shape[1])
+    found = []
+    for rank in {unsent, min(sent, key=lambda rank: inside[:-1, rank].max(initial=0))}:
+        left, chosen = host, []
+        for i, choice in enumerate(choices):
+            fits = 0 < choice[rank].host <= left
+            left -= choice[rank].host if fits else 0
+            stays = range(unsent) if not choice[rank].host else range(1)
+            chosen.append(rank if fits else min(stays, key=lambda r, i=i, c=choice: inside[i, r] + c[r].bytes))
+        found.append(chosen)
+    return found
 
 
 def waited(sent: Sequence[int], seconds: Sequence[float], link: float) -> float:

@@ -55,10 +55,11 @@ def test_repeated_layers_plan_like_traced_ones(asked: tuple[_Question, Deep, Dee
     planner: Any = traced.planner
     if host:
         repeated, planner = repeated.offloading(host), planner.offloading(host)  # type: ignore[assignment]
-        assert len(repeated.gone) == len(planner.away) == 5
         assert repeated.smallest[0].peak_bytes < traced.smallest[0].peak_bytes
-    for ours, rank in ((repeated.fastest[0], -1), (repeated.smallest[0], 0)):
-        whole = planner.price(planner.assembled([rank] * 6))[0]
+    everywhere = [[rank] * 6 for rank in range(len(planner.choices[0]))]
+    mixed = [[(i * 7 + j) % len(everywhere) for i in range(6)] for j in range(4)]
+    for ranks in (*everywhere, *mixed):
+        ours, whole = repeated.of(ranks)[0], planner.price(planner.assembled(ranks))[0]
         counted = whole.peak_bytes - planner.liveness.standing.total
         assert ours.peak_bytes - question.standing.total == pytest.approx(counted, rel=0.01)
         assert ours.seconds == pytest.approx(whole.seconds, rel=0.02) and ours.host_bytes == whole.host_bytes
@@ -117,7 +118,7 @@ def test_a_plan_that_waits_in_host_memory(folder: Path, asked: tuple[_Question, 
     floor = other.smallest[0].peak_bytes
     found = unsloth.plan(str(folder), batch=BATCH, seq=SEQ, lora_r=4, budget=floor, host_memory="1GiB")
     assert found.fits and found.smallest == floor and found.host_memory == 1 << 30 and found.plan.host_bytes > 0
-    assert "offload residuals of 5 of 6 layers (0–4)" in str(found) and "of 1.00 GiB hold residuals" in str(found)
+    assert "offload residuals of 5 of 6 layers (0–4)" in str(found) and "of 1.00 GiB hold what waits" in str(found)
     assert found.to_dict()["offloaded"] == found.plan.host_bytes
     assert found.longest_sequence == pytest.approx(SEQ, abs=64) and found.largest_batch in (BATCH - 1, BATCH)
     with pytest.raises(OptionError, match="host_memory '1 Gibs' has an unknown unit, did you mean 1 GiB"):
