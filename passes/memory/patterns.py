@@ -239,6 +239,8 @@ class _Program:
         if keep is not None:
             low[:count] = high[:count] = [i in keep for i in range(count)]
         high[sent:] = [bool(host) and leaves for leaves in self.may_leave]
+        if host:  # no more than what the largest plan keeps: cheap values are not worth the bytes
+            high[:count] = np.minimum(high[:count], [i in self.layer.most | self.layer.must for i in range(count)])
         for i in away:
             low[i] = high[i] = 0
             low[sent + i] = 1

@@ -71,7 +71,7 @@ class Deep:
         self.planner, self.like, self.standing, self.host = planner, list(like), standing, host
         self.choices = [planner.choices[i] for i in self.like]
         self.ranks = range(len(planner.choices[0]))
-        self.outside = 0.0  # seconds of what backward runs again of the rest of the model
+        self.outside: dict[int, float] = {}  # by rank, seconds of what backward runs again of the rest of the model
         self.parts = [self._stretches(rank) for rank in self.ranks]
         self.others: dict[int, Deep] = {}
         self.rungs: dict[int, Planned] = {}
@@ -161,7 +161,7 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=sum(p.seconds for p in patterns) + self.outside + late,
+            seconds=sum(p.seconds for p in patterns) + self.outside[ranks[-1]] + late,
             parts=timeline.parts,
             words=in_words(layers, kept, away),
             host_bytes=sum(sent),
@@ -174,7 +174,7 @@ class Deep:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
         planner, count = self.planner, len(self.planner.layers)
         _, timeline = planner.price(planner.assembled([rank] * count))
-        self.outside = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
+        self.outside[rank] = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
         position = {layer.name: i for i, layer in enumerate(planner.layers)}
         walk = planner.liveness.last_walk
         places, operations = planner.places(), walk.operations
