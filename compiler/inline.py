@@ -17,10 +17,13 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from ..kernels.offload import offload, prefetch
 from ..kernels.operator import OPERATORS, Operator
 from ..passes.fakes import fake_execution
 from .identity import source_digest
 from .splice import splice
+
+_COPIES = {op.launch[op.overload] for op in (offload, prefetch)}
 
 
 class InlineReferences(CustomGraphPass):
@@ -38,6 +41,10 @@ class InlineReferences(CustomGraphPass):
                 else:
                     _inline(graph, node, formula, values)
         graph.lint()
+        if any(node.target in _COPIES for node in graph.nodes):
+            # Inductor would have a copy to the host wait until someone wants its result, because it takes the host's
+            # memory for the device's. lower.py sees to it that this holds for this graph alone.
+            torch._inductor.config.reorder_for_peak_memory = False  # type: ignore[attr-defined]
 
     def uuid(self) -> str:
         # A graph compiled after a kernel had failed must not come back where it works.

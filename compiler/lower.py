@@ -35,6 +35,7 @@ def lower(
         **_mode(mode),
         "custom_partitioner_fn": report.partitioner,
         "post_grad_custom_pre_pass": InlineReferences(),
+        "reorder_for_peak_memory": True,  # patched here, so that what the pass above makes of it ends with its graph
         # A plan never changes numbers: recomputed values must round where the kept ones did.
         "emulate_precision_casts": True,
     }

@@ -33,6 +33,7 @@ class _Buffer:
     def __init__(self, size: int) -> None:
         self.size = size
         memory = torch.empty(size + PAGE, dtype=torch.uint8)
+        memory.fill_(0)  # by all threads: locking would fetch page after page in one
         start = -memory.data_ptr() % PAGE
         self.bytes = memory[start : start + size]
         del memory

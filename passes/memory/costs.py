@@ -23,8 +23,9 @@ from .joint import hint, is_free, is_view, maker, unpacks
 
 LAUNCH_SECONDS = 3e-6
 """What a kernel takes at least."""
-ATTENTION_EFFICIENCY = 0.8
-"""Attention kernels against matrix products, measured on an H100 at 32k tokens."""
+ATTENTION_EFFICIENCY = 0.9
+ATTENTION_BACKWARD_EFFICIENCY = 0.75
+"""Attention kernels against matrix products, measured on an H100 at 8k tokens."""
 LIBRARY_WORKSPACE = 32 << 20
 """cuBLAS' own workspace, allocated at the first product and held: 32 MiB on Hopper, less elsewhere."""
 
@@ -173,7 +174,7 @@ class Sizes:
         wide = any(t.dtype in (torch.float32, torch.float64) for t in written) and not _is_ours(target)
         rate = self.device.flops / (8 if wide else 1)
         if "attention" in str(target):
-            rate *= ATTENTION_EFFICIENCY
+            rate *= ATTENTION_BACKWARD_EFFICIENCY if "backward" in str(target) else ATTENTION_EFFICIENCY
         flops = _flops(target, args, kwargs, written)
         seconds = max(LAUNCH_SECONDS, flops / rate, traffic / self.device.bandwidth)
         return seconds, _workspace(target, args, read, written)
