@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -51,6 +52,28 @@ class Workload:
     turns: str | None = None
     """A folder that workers at one time share, see :class:`Turns`; None for one after the other."""
 
+    @property
+    def of_images(self) -> bool:
+        """Whether the shape is of ``benchmarks/vision_shapes.py``; ``seq`` then counts the text beside the image."""
+        return self.shape in _vision().SHAPES
+
+    def config(self) -> Any:
+        """The model's configuration."""
+        return (_vision() if self.of_images else _models("presets")).config(self.shape)
+
+    def inputs(self) -> dict[str, Any]:
+        """The batch of every step: random tokens, and an image in each row of a model that takes them."""
+        if self.of_images:
+            made = _vision().batch(self.shape, self.batch, self.seq, _dtype(self))
+            return {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+        size = (self.batch, self.seq)
+        ids = torch.randint(self.config().vocab_size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+    def targets(self) -> Any:
+        """Which layers get adapters, as PEFT takes them."""
+        return _vision().SHAPES[self.shape].adapted if self.of_images else LINEARS
+
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
 """The loss of a batch. Where backward has run already, it has no gradient."""
@@ -61,10 +84,15 @@ Forward = Callable[[dict[str, Any]], torch.Tensor]
 
 def _plain(work: Workload) -> nn.Module:
     """A random model of the shape, with what the mode trains, on transformers, PEFT and bitsandbytes alone."""
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
+    return _adapted(_base(work), work)
+
+
+def _base(work: Workload) -> nn.Module:
+    """The random model without adapters, its weights in 4 bits where the mode says so."""
+    model = _models("presets").build(work.config(), dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
-        _quantise(model)
-    return _adapted(model, work)
+        _quantise(model, _vision().SHAPES[work.shape].unquantised if work.of_images else ("lm_head",))
+    return model
 
 
 def _adapted(model: nn.Module, work: Workload) -> nn.Module:
@@ -74,7 +102,8 @@ def _adapted(model: nn.Module, work: Workload) -> nn.Module:
         return model.train()
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=LINEARS, task_type="CAUSAL_LM")
+    names = work.targets()
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
     _randomise(adapted)
     return adapted.train()
@@ -88,9 +117,9 @@ def _randomise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if "lora_A" in name else 0.01)
 
 
-def _quantise(model: nn.Module) -> None:
-    """NF4 with double quantisation in every linear layer of the blocks, in place."""
-    _models("quantise").quantise_nf4(model, compute_dtype=model.dtype)
+def _quantise(model: nn.Module, kept: tuple[str, ...] = ("lm_head",)) -> None:
+    """NF4 with double quantisation in every linear layer but those in ``kept``, in place."""
+    _models("quantise").quantise_nf4(model, compute_dtype=model.dtype, skip=kept)
 
 
 def hf(work: Workload) -> tuple[nn.Module, Forward]:
@@ -110,7 +139,18 @@ def ours(work: Workload) -> tuple[nn.Module, Forward]:
     """This project."""
     model = _plain(work)
     run = torch.compile(model, backend="unsloth", options=work.options)
-    return model, lambda batch: run(**batch).loss
+    if not work.of_images:
+        return model, lambda batch: run(**batch).loss
+    from unsloth.compiler.run import sizes_in_graph
+    from unsloth.runtime.image_shapes import ImageShapes
+
+    shapes = ImageShapes(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    def forward(batch: dict[str, Any]) -> torch.Tensor:
+        with sizes_in_graph():
+            return run(**shapes(batch)).loss
+
+    return model, forward
 
 
 def recorded(work: Workload) -> tuple[nn.Module, Forward]:
@@ -141,9 +181,7 @@ def trl(work: Workload) -> tuple[nn.Module, Forward]:
     """TRL's fused head, with the statistics that its SFTTrainer asks for."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
-    if work.mode == "qlora":
-        _quantise(model)
+    model = _base(work)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     adapted = _adapted(model, work)
     return adapted, lambda batch: adapted(**batch, fused_lm_head=True).loss
@@ -153,9 +191,7 @@ def liger(work: Workload) -> tuple[nn.Module, Forward]:
     """Liger's kernels, applied to the instance."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
-    if work.mode == "qlora":
-        _quantise(model)
+    model = _base(work)
     _apply_liger_kernel_to_instance(model)
     adapted = _adapted(model, work)
     return adapted, lambda batch: adapted(**batch).loss
@@ -163,25 +199,27 @@ def liger(work: Workload) -> tuple[nn.Module, Forward]:
 
 def unsloth(work: Workload) -> tuple[nn.Module, Forward]:
     """The peer that has our import name, from its own target folder."""
-    from unsloth import FastLanguageModel  # before transformers, as it demands
+    import unsloth  # before transformers, as it demands
 
+    fast = unsloth.FastVisionModel if work.of_images else unsloth.FastLanguageModel  # pyright: ignore
+    checkpointing = {"none": False, "hf": True, "unsloth": "unsloth"}[work.checkpointing]
     with tempfile.TemporaryDirectory() as folder:
         _checkpoint(work, folder)
-        model, _ = FastLanguageModel.from_pretrained(
+        model, _ = fast.from_pretrained(
             folder,
-            max_seq_length=work.seq,
+            max_seq_length=_longest(work),
             dtype=_dtype(work),
             load_in_4bit=work.mode == "qlora",
             full_finetuning=work.mode == "full",
+            use_gradient_checkpointing=checkpointing,
         )
     if work.mode != "full":
-        checkpointing = {"none": False, "hf": True, "unsloth": "unsloth"}[work.checkpointing]
-        model = FastLanguageModel.get_peft_model(
+        model = fast.get_peft_model(
             model,
             r=RANK,
             lora_alpha=RANK,
             lora_dropout=0,
-            target_modules=LINEARS,
+            target_modules=work.targets(),
             use_gradient_checkpointing=checkpointing,
         )
         _randomise(model)
@@ -198,10 +236,14 @@ def _checkpoint(work: Workload, folder: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.config(), dtype=_dtype(work), device=work.device)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
-    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    words = ["a", "<eos>", "<pad>", "<unk>"]
+    if work.of_images:
+        words += _vision().write_processor(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    special: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    special["additional_special_tokens"] = words[4:]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     del model
     if work.device == "cuda":
@@ -225,10 +267,7 @@ def measure(work: Workload) -> dict[str, Any]:
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    vocabulary = _models("presets").config(work.shape).vocab_size
-    ids = torch.randint(vocabulary, (work.batch, work.seq), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(work.device)
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    batch = work.inputs()
     autocast = work.regime == "peft" and work.mode != "full"
 
     def step() -> torch.Tensor:
@@ -278,7 +317,7 @@ def measure(work: Workload) -> dict[str, Any]:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
     median = statistics.median(seconds)
     return {
-        "tokens_per_s": work.batch * work.seq / in_a_row,
+        "tokens_per_s": batch["input_ids"].numel() / in_a_row,  # an image counts as the tokens that stand for it
         "ms_in_a_row": in_a_row * 1e3,
         "ms_median": median * 1e3,  # of steps that were waited for one by one
         "ms_min": min(seconds) * 1e3,
@@ -348,17 +387,32 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "versions": versions}
 
 
+def _longest(work: Workload) -> int:
+    """A length that every row keeps within."""
+    return work.seq + (4096 if work.of_images else 0)
+
+
 def _dtype(work: Workload) -> torch.dtype:
     return torch.bfloat16 if work.device == "cuda" else torch.float32
 
 
 def _models(name: str) -> Any:
     """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
-    path = Path(__file__).parent.parent / "models" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
+    return _file(Path(__file__).parent.parent / "models" / f"{name}.py")
+
+
+@functools.cache
+def _vision() -> Any:
+    """``benchmarks/vision_shapes.py``, likewise."""
+    return _file(Path(__file__).parent / "vision_shapes.py")
+
+
+def _file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
