@@ -8,27 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-SETTLING = 1.0
-"""Seconds in which a stopped system's device finishes what was launched."""
+
+def _models(name: str) -> Any:
+    """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
+    return _file(Path(__file__).parent.parent / "models" / f"{name}.py")
+
+
+@functools.cache
+def _vision() -> Any:
+    """``benchmarks/vision_shapes.py``, likewise."""
+    return _file(Path(__file__).parent / "vision_shapes.py")
+
+
+def _file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+Turns = _file(Path(__file__).parent / "turns.py").Turns
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK = 16
 
@@ -331,42 +349,6 @@ def measure(work: Workload) -> dict[str, Any]:
     }
 
 
-class Turns:
-    """Lets systems load and compile at one time, and each be timed alone: the others are stopped meanwhile.
-
-    In the folder lies a file per running worker, named by its process, and the log of who was alone when.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        (folder / f"{os.getpid()}.pid").touch()
-        self.log.touch()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self.log.open("a") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            started = time.perf_counter()
-            self._signal(signal.SIGSTOP)
-            try:
-                time.sleep(SETTLING)
-                yield
-            finally:
-                self._signal(signal.SIGCONT)
-                log.write(f"{started} {time.perf_counter()}\n")
-
-    def stopped(self, start: float, end: float) -> float:
-        """Seconds between two times during which another worker was alone. The clock is the same in all processes."""
-        spans = [tuple(map(float, line.split())) for line in self.log.read_text().splitlines()]
-        return sum(max(0.0, min(end, b) - max(start, a)) for a, b in spans)
-
-    def _signal(self, which: signal.Signals) -> None:
-        for path in self.folder.glob("*.pid"):
-            if int(path.stem) != os.getpid():
-                with contextlib.suppress(ProcessLookupError):  # it is done
-                    os.kill(int(path.stem), which)
-
-
 def _profile(step: Callable[[], Any], path: Path) -> None:
     from torch.profiler import ProfilerActivity, profile
 
@@ -394,27 +376,6 @@ def _longest(work: Workload) -> int:
 
 def _dtype(work: Workload) -> torch.dtype:
     return torch.bfloat16 if work.device == "cuda" else torch.float32
-
-
-def _models(name: str) -> Any:
-    """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
-    return _file(Path(__file__).parent.parent / "models" / f"{name}.py")
-
-
-@functools.cache
-def _vision() -> Any:
-    """``benchmarks/vision_shapes.py``, likewise."""
-    return _file(Path(__file__).parent / "vision_shapes.py")
-
-
-def _file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def serve(kind: Callable[..., Any], measure: Callable[[Any], dict[str, Any]]) -> None:
