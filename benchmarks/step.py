@@ -1,6 +1,7 @@
 """Time and memory of one training step, system against system.
 
     python -m benchmarks.step --shape llama-1b --mode lora --batch 4 --seq 2048 --systems ours,inductor,hf
+    python -m benchmarks.step --suite peers --peer-site DIR [--only 8b-qlora]      # the rows of benchmarks/suites.py
 
 One process per system. Every row is written as soon as it is measured, so an interrupted run goes on where it stopped.
 A variant of ours carries its options in its name: ``ours:logits=drop``, ``ours:disable=rope+glu``. A peer that has our
@@ -22,6 +23,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from .suites import SUITES, Work
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -181,7 +184,10 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--checkpointing", choices=("none", "hf", "unsloth"), default="none")
     arguments.add_argument("--peer-site", help="folder into which the peers were installed")
     arguments.add_argument("--limit", type=int, default=600, help="seconds per system")
-    arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-DEVICE.json)")
+    arguments.add_argument("--suite", choices=SUITES, help="measure the workloads of a suite, each into its own file")
+    arguments.add_argument("--only", default="", help="of a suite the workloads whose name has this in it")
+    arguments.add_argument("--out", help="result file (default: benchmarks/results/SHAPE-MODE-BATCHxSEQ-CARD.json)")
+    arguments.add_argument("--card", help="how the result file calls the device, as h100 (default: as --device)")
     arguments.add_argument("--force", action="store_true", help="measure rows again that are there")
     arguments.add_argument(
         "--parallel",
@@ -193,28 +199,56 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def _is_there(name: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> bool:
-    system, options = parse_system(name)
-    wanted = key({"system": system, "workload": {n: getattr(args, n) for n in WORKLOAD} | {"options": options}})
-    return any(key(r) == wanted and "error" not in r for r in rows)
+def result_file(args: argparse.Namespace) -> Path:
+    """Where the rows of a workload are kept."""
+    default = RESULTS / f"{args.shape}-{args.mode}-{args.batch}x{args.seq}-{args.card or args.device}.json"
+    return Path(args.out) if args.out else default
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    """Which of the systems asked for have no row yet, or one of a failure.
+
+    Raises:
+        ValueError: for a system that there is not: it is noticed before the first one has run for minutes.
+    """
+    wanted = {}
+    for name in args.systems.split(","):
+        system, options = parse_system(name)
+        wanted[name] = {"system": system, "workload": {n: getattr(args, n) for n in WORKLOAD} | {"options": options}}
+    there = set() if args.force else {key(row) for row in read(result_file(args)) if "error" not in row}
+    return [name for name, row in wanted.items() if key(row) not in there]
+
+
+def measure_workload(args: argparse.Namespace) -> None:
+    """Measure what one workload's file lacks, row by row, and print the whole."""
+    path = result_file(args)
+    names = missing(args)
+    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(args.parallel) as pool:
+        together = turns if args.parallel > 1 else None
+        for future in as_completed([pool.submit(measure, name, args, path, together) for name in names]):
+            row = future.result()
+            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+            print(table([row]).splitlines()[-1], flush=True)
+    print(f"\n{table(read(path))}\n\n{path}")
+
+
+def of_suite(work: Work, args: argparse.Namespace) -> argparse.Namespace:
+    """The command line with a workload of a suite in place of the one that it names."""
+    settings = {name: value for name, value in work._asdict().items() if name != "name"}
+    return argparse.Namespace(**{**vars(args), **settings, "systems": ",".join(work.systems)})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, row by row."""
     args = parser().parse_args(argv)
-    default = RESULTS / f"{args.shape}-{args.mode}-{args.batch}x{args.seq}-{args.device}.json"
-    path = Path(args.out) if args.out else default
-    names = args.systems.split(",")
-    for name in names:
-        parse_system(name)  # a misspelt system is noticed before the first one has run for minutes
-    missing = names if args.force else [n for n in names if not _is_there(n, args, read(path))]
-    with tempfile.TemporaryDirectory() as turns, ThreadPoolExecutor(args.parallel) as pool:
-        together = turns if args.parallel > 1 else None
-        for future in as_completed([pool.submit(measure, name, args, path, together) for name in missing]):
-            row = future.result()
-            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-            print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
+    if args.suite is None:
+        return measure_workload(args)
+    chosen = [of_suite(work, args) for work in SUITES[args.suite] if args.only in work.name]
+    for each in chosen:
+        missing(each)  # a misspelt system is noticed before the first one has run for minutes
+    for each in chosen:
+        measure_workload(each)
+    return None
 
 
 if __name__ == "__main__":

@@ -98,6 +98,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "bos_token_id": 151_643,
         "eos_token_id": 151_645,
     },
+    "qwen3-30b-a3b-12": {  # Qwen/Qwen3-30B-A3B, 12 of its 48 layers: a mixture of experts that one card trains in bf16
+        "model_type": "qwen3_moe",
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40_960,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        "bos_token_id": 151_643,
+        "eos_token_id": 151_645,
+    },
 }
 """Configuration by preset name; ``model_type`` chooses the architecture."""
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import step, table, vision_shapes, worker
+from benchmarks import step, suites, table, vision_shapes, worker
 from unsloth.models.parts import places
+from unsloth.models.presets import SHAPES
 
 TINY = ["--shape", "tiny-llama", "--batch", "2", "--seq", "16", "--device", "cpu", "--steps", "2", "--warmup", "1"]
 
@@ -103,6 +104,40 @@ def test_variants_carry_their_options() -> None:
         "ours",
         {"disable": ["rope", "glu"], "memory_budget": 0, "strict": True},
     )
+
+
+def test_a_suite_measures_its_workloads_into_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = [suites.Work(name, "tiny-llama", "lora", 2, seq, ("hf",)) for name, seq in (("short", 16), ("long", 32))]
+    monkeypatch.setitem(suites.SUITES, "tiny", tuple(tiny))
+    monkeypatch.setattr(step, "RESULTS", tmp_path)
+    monkeypatch.setattr(step, "measure", measured := Recorded())
+    command = ["--suite", "tiny", "--device", "cpu", "--card", "card"]
+    step.main([*command, "--only", "long"])
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny-llama-lora-2x32-card.json"]
+    step.main(command)
+    assert [(name, args.seq) for name, args in measured.calls] == [("hf", 32), ("hf", 16)]  # each once
+
+
+class Recorded:
+    """Stands in for a measurement, whose arguments it keeps."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __call__(self, name: str, args: Any, *_: Any) -> dict[str, Any]:
+        self.calls.append((name, args))
+        system, options = step.parse_system(name)
+        workload = {n: getattr(args, n) for n in step.WORKLOAD} | {"options": options}
+        row = {"tokens_per_s": 1.0, "ms_median": 1.0, "first_step_s": 1.0, "losses": [1.0], "grad_norm": 1.0}
+        return {"system": system, "workload": workload, **row, "peak_allocated_gib": None, "peak_reserved_gib": None}
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_suites_name_what_there_is(suite: str) -> None:
+    for work in suites.SUITES[suite]:
+        assert work.shape in {**SHAPES, **vision_shapes.SHAPES} and work.mode in ("lora", "qlora", "full")
+        for system in work.systems:
+            step.parse_system(system)
 
 
 def test_every_committed_result_says_where_it_is_from() -> None:

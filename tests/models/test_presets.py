@@ -12,7 +12,13 @@ TINY = [name for name in presets.SHAPES if name.startswith("tiny-")]
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("llama-1b", 1_235_814_400), ("llama-8b", 8_030_261_248), ("qwen3-4b", 4_022_468_096)]
+    ("name", "parameters"),
+    [
+        ("llama-1b", 1_235_814_400),
+        ("llama-8b", 8_030_261_248),
+        ("qwen3-4b", 4_022_468_096),
+        ("qwen3-30b-a3b-12", 8_099_779_584),  # of 30,532,122,624: 36 layers of 623,120,640 fewer
+    ],
 )
 def test_real_shapes_have_the_published_size(name, parameters):
     with torch.device("meta"):
