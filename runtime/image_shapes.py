@@ -95,6 +95,7 @@ class ImageShapes:
                 self.outside = self._agrees(batch, values)
                 self.checked = True
             if self.outside:
+                self._count(batch)
                 ready |= values | self._positions(batch)
         elif "pixel_values" in batch and not self.called:
             # transformers hooks a tower's layers at its first call, under a lock that no graph can hold.
@@ -121,6 +122,22 @@ class ImageShapes:
                 values |= {"window_index": index.to(grid.device), "cu_window_seqlens": offsets}
                 values["max_window_seqlen"] = offsets.diff().max()
         return {f"image_{name}": value for name, value in values.items()}
+
+    def _count(self, batch: Mapping[str, Any]) -> None:
+        """See to it that the text has as many image tokens as its images have features.
+
+        transformers asks the same in forward, where a compiled graph would wait for the answer.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        token = getattr(getattr(self.owner, "config", None), "image_token_id", None)
+        merge = getattr(self.tower, "spatial_merge_size", None)
+        if not isinstance(token, int) or not isinstance(merge, int) or batch.get("input_ids") is None:
+            return
+        tokens, features = int((batch["input_ids"] == token).sum()), int(batch[_GRID].prod(-1).sum()) // merge**2
+        if tokens != features:
+            raise ValueError(f"the text has {tokens} image tokens, its images have {features} features")
 
     def _positions(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The text's positions in time, height and width, where the model would compute them in forward."""
