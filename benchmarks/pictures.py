@@ -291,7 +291,7 @@ _PER_TOKEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 def image_token(config: Any) -> int | None:
     """The token that stands for a part of an image, or None where a configuration names none."""
-    for names in (("image_token_id", "image_token_index", "image_patch_id"), ("video_token_id",)):
+    for names in (("image_token_id", "image_token_index", "image_patch_id"), ("video_token_id", "video_token_index")):
         for part in (config, *parts(config)):
             for name in names:
                 if isinstance(found := getattr(part, name, None), int):
@@ -299,15 +299,21 @@ def image_token(config: Any) -> int | None:
     return None
 
 
+_FEATURES = ("get_image_features", "get_video_features")
+
+
 def _tokens_of_images(model: Any, images: Batch, rows: int) -> list[int]:
     """How many tokens each row's image stands for."""
-    owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
-    if owner is None or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
+    owners = [(m, name) for name in _FEATURES for m in (getattr(model, "model", None), model) if hasattr(m, name)]
+    if not owners or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
         return [1] * rows
-    takes = set(inspect.signature(owner.get_image_features).parameters)
+    find = getattr(*owners[0])
+    takes = set(inspect.signature(find).parameters)
     with torch.no_grad():
-        found = owner.get_image_features(**{k: v for k, v in images.items() if k in takes})
+        found = find(**{k: v for k, v in images.items() if k in takes})
     pooled = getattr(found, "pooler_output", found)
+    if pooled is None and found.last_hidden_state is None:
+        pooled = found.deepstack_features[0][1]  # of the first layer of the text that is given any
     found = pooled if pooled is not None else found.last_hidden_state
     features = list(found) if isinstance(found, (list, tuple)) else [found]
     lengths = [f.numel() // f.shape[-1] for f in features]

@@ -100,7 +100,7 @@ _RULES: list[tuple[str, Callable[[int, Widths], int]]] = [
     (r"linear_num_key_heads", _at_most(2)),
     (r"\w*(attention_heads(_per_layer)?|n_heads?|num_heads|num_value_heads)", _at_most(HEADS)),
     (r"mamba_d_head|mamba_head_?dim|mamba_headdim", _at_most(HEAD_DIM)),
-    (r"qk_head_dim|index_head_dim", _at_most(2 * HEAD_DIM)),
+    (r"qk_head_dim|index(er)?_head_dim", _at_most(2 * HEAD_DIM)),
     (r"(qk_nope|qk_rope|v|swa|linear|linear_\w+)_head_dim|rotary_dim|attention_head_size", _at_most(HEAD_DIM)),
     (r"\w*(head_dim|head_size|d_head|dim_head|d_kv|kv_channels)", lambda v, w: w.head_width(v)),
     (r"\w*(num|routed|local)_experts|moe_num_experts", _at_most(EXPERTS)),
@@ -122,8 +122,9 @@ _NOISE = re.compile(r"\w*(drop|jitter)\w*")
 _OPEN = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
 _OPEN |= {"image_token_id": ORDINARY_TOKENS.stop, "image_token_index": ORDINARY_TOKENS.stop}
 _OPEN |= {"num_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-_OPEN |= {"video_token_id": ORDINARY_TOKENS.stop + 1, "top_k_experts": 2, "moe_intermediate_size": WIDTH // 2}
-_OPEN |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM, "indexer_budget": _WINDOW}
+_OPEN |= {"video_token_index": ORDINARY_TOKENS.stop + 1, "video_token_id": ORDINARY_TOKENS.stop + 1}
+_OPEN |= {"top_k_experts": 2, "moe_intermediate_size": WIDTH // 2}
+_OPEN |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 2 * HEAD_DIM, "indexer_budget": _WINDOW}
 _OPEN |= {"indexer_compress_ratio": 2}
 # What a configuration may not know of at all although its model asks for it.
 _UNKNOWN = {"pad_token_id": 0, "decoder_start_token_id": 1, "vision_start_token_id": ORDINARY_TOKENS.stop + 2}
@@ -249,7 +250,10 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
         thinned = [value[i] for i in kept] if _is_per_layer(value, count) else value
         return type(value)(_number(name, v, widths) for v in thinned)
     if value is None and way.fill:
-        if name == "sliding_window" and any("sliding" in kind for kind in widths.fields.get("layer_types") or ()):
+        kinds = widths.fields.get("layer_types") or ()
+        if name == "sliding_window" and (
+            "num_sliding_attention_heads" in widths.fields or any("sliding" in k for k in kinds)
+        ):
             return _WINDOW
         kinds = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}
         return [kinds[name]] * len(kept) if name in kinds else _OPEN.get(name)

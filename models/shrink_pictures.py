@@ -12,6 +12,7 @@ from typing import Any
 
 _UNDECIDED = object()
 _VISIBLE = 1e-3  # standard deviation of weights, below which a tower's output is lost in rounding
+_DISAGREE = {"downsample_channels"}  # whose default does not fit to those of its neighbours
 _CODES = 32  # words that stand for pieces of images, where images are words
 _IMAGE = 100  # of models/shrink.py: the first special token
 _TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size|projection_dim")
@@ -25,12 +26,12 @@ class Pictures:
     Attributes:
         side: patches along the side of an image.
         text_width: hidden size of the text's part, once it is shrunk.
-        ratio: of the new image size to the old one.
+        tile: pixels along the side of an image.
     """
 
     side: int
     text_width: int
-    ratio: float
+    tile: int
 
     def field(self, name: str, value: Any, widths: Any, kept: list[int], fill: bool) -> tuple[bool, Any]:
         """Whether a rule is for this field, and its new value.
@@ -40,12 +41,12 @@ class Pictures:
             kept: numbers of the layers that its part of the configuration keeps.
             fill: give fields that are None a value.
         """
-        new = self._open(name, widths.fields, kept) if fill and not value else _UNDECIDED
+        new = self._open(name, widths.fields) if fill and (not value or name in _DISAGREE) else _UNDECIDED
         if new is _UNDECIDED:
             new = self._field(name, value, widths, kept)
         return new is not _UNDECIDED, new
 
-    def _open(self, name: str, fields: dict[str, Any], kept: list[int]) -> Any:
+    def _open(self, name: str, fields: dict[str, Any]) -> Any:
         """What a default configuration leaves open about images although its model wants a value."""
         if name == "vocabulary_map":  # pictures as words of a text
             codes = {f"<|visual token {code:06d}|>": code for code in range(_CODES)}
@@ -56,7 +57,7 @@ class Pictures:
             return "1/2"
         if name == "deepstack_layer_map":
             return [[0, 0]]
-        if name == "downsample_channels":
+        if name == "downsample_channels":  # the last as wide as the encoder that reads them
             return [16, self.text_width]
         if name == "rope_parameters" and (kinds := fields.get("layer_types")):
             return {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in kinds}
@@ -66,7 +67,8 @@ class Pictures:
         fields = widths.fields
         patch = _first(fields.get("patch_size"))
         if name.endswith("grid_pinpoints"):
-            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
+            tile = min(size for pair in value for size in pair)
+            return [[max(1, size * self.tile // tile) for size in pair] for pair in value]
         if name == "image_size" and value and patch:
             return _each(value, lambda size: min(size, self.side * patch))
         if name == "window_size" and patch and isinstance(value, int) and value % patch == 0:
@@ -82,6 +84,10 @@ class Pictures:
             return {self.side**2: 4}
         if name == "base_channels":
             return min(value, 32)  # the groups of a group norm
+        if name == "image_patch_id":
+            return _IMAGE
+        if name == "hidden_size" and "base_channels" in fields and "channel_multiplier" in fields:
+            return min(fields["base_channels"], 32) * fields["channel_multiplier"][-1]
         if name in ("latent_query_num", "num_embeddings"):
             return min(value, 16 if name == "latent_query_num" else _CODES)
         if name == "codebook_size":
@@ -123,8 +129,8 @@ def pictures_of(config: Any, side: int, text: Any) -> Pictures:
     for part in (getattr(config, "vision_config", None), *inside, config):
         size, patch = _first(getattr(part, "image_size", None)), _first(getattr(part, "patch_size", None))
         if size and patch:
-            return Pictures(side, text.proportional(text.hidden), min(1.0, side * patch / size))
-    return Pictures(side, text.proportional(text.hidden), 1.0)
+            return Pictures(side, text.proportional(text.hidden), min(size, side * patch))
+    return Pictures(side, text.proportional(text.hidden), side)
 
 
 def _each(value: Any, rule: Any) -> Any:

@@ -69,12 +69,14 @@ def _factors(mask: Any) -> tuple[fx.Node | Call, fx.Node | Call] | None:
     if outer.target not in (aten.matmul.default, aten.bmm.default):
         return None
     u, w = outer.args
-    if not (_is_column(u, 2) and _is_column(w, 1) and _is_whole(u) and _is_whole(w)):
+    if not (isinstance(u, fx.Node) and isinstance(w, fx.Node) and _is_column(u, 2) and _is_column(w, 1)):
+        return None
+    if not (_is_whole(u) and _is_whole(w)):
         return None
     return u, Call(aten.transpose.int, (w, 1, 2), shared=True)
 
 
-def _is_column(x: Any, thin: int) -> bool:
+def _is_column(x: fx.Node, thin: int) -> bool:
     """Whether a node is [batch, positions, 1], or what has its one along another dimension."""
     return is_tensor(x) and value(x).dim() == 3 and statically_known_true(value(x).shape[thin] == 1)
 
