@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..passes.rewrite import Recogniser
 from .backend import compile_graph
@@ -54,12 +55,38 @@ def sizes_in_graph() -> Iterator[None]:
         before = os.environ.get(_UNCHECKED)
         os.environ[_UNCHECKED] = "1"
         try:
-            yield
+            with _symbols_in_texts():
+                yield
         finally:
             if before is None:
                 del os.environ[_UNCHECKED]
             else:
                 os.environ[_UNCHECKED] = before
+
+
+@contextmanager
+def _symbols_in_texts() -> Iterator[None]:
+    """Let a message name a size that is only known when the graph runs, by its symbol: Dynamo asked for its value.
+
+    transformers writes such messages for its checks, before it knows whether they are needed.
+    """
+    from torch._dynamo.variables import lazy
+
+    text = getattr(lazy, "LazySymNodeFormatString", None)
+    if text is None:
+        yield
+        return
+    known = text.__repr__
+
+    def named(self: Any) -> str:
+        number = self.sym_node_var.sym_num
+        return str(number) if free_unbacked_symbols(number) else known(self)
+
+    text.__repr__ = named
+    try:
+        yield
+    finally:
+        text.__repr__ = known
 
 
 def guards_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], bool] | None:
