@@ -2,11 +2,13 @@
 
 Started by ``benchmarks.grpo`` as ``benchmarks.worker`` is by ``benchmarks.step``, whose models it takes. Completions,
 advantages and masks are given: nothing is generated, no reward is computed. What is timed is what a system's
-``GRPOTrainer`` does with them, micro-batch by micro-batch, and the optimiser's step.
+``GRPOTrainer`` does with them, micro-batch by micro-batch, and the optimiser's step. What comes before the first timed
+step changes no weight: loss and gradient norm of that step are those of the same policy in every system.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import statistics
@@ -31,6 +33,7 @@ def _beside(name: str) -> Any:
 
 
 worker = _beside("worker")
+LEARNING_RATE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Policy:
         prompt, completion: tokens.
         beta: of the KL term, 0 for none; the reference's log-probabilities are given.
         loss_type: as in ``trl.GRPOConfig``.
+        steps: optimiser steps that are timed.
+        warmup: micro-batches before them, at least one: it compiles.
+        turns: a folder that workers at one time share, see ``worker.Turns``; None for one after the other.
     """
 
     system: str
@@ -58,6 +64,7 @@ class Policy:
     steps: int
     warmup: int
     device: str
+    turns: str | None = None
 
 
 def _as_step(work: Policy) -> Any:
@@ -73,7 +80,7 @@ def _as_step(work: Policy) -> Any:
         warmup=work.warmup,
         device=work.device,
         regime="bf16",
-        checkpointing={"ours": "none", "trl": "none", "unsloth": "unsloth"}[work.system],
+        checkpointing={"ours": "none", "trl": "hf", "unsloth": "unsloth"}[work.system],
         profile=None,
     )
 
@@ -103,7 +110,8 @@ def trainer_of(work: Policy, folder: str) -> Any:
         "report_to": "none",
         "save_strategy": "no",
     }
-    more = {"options": work.options} if work.system == "ours" else {}
+    options = dict(work.options)
+    more = {"shared_prompts": options.pop("shared_prompts", True), "options": options} if work.system == "ours" else {}
     made = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -117,16 +125,16 @@ def trainer_of(work: Policy, folder: str) -> Any:
 
 
 def micro_batches(work: Policy, vocabulary: int) -> list[dict[str, torch.Tensor]]:
-    """A generation's completions as TRL hands them to the loss: of one length, the advantages of either sign."""
+    """Completions of one prompt as TRL hands them to the loss: of one length, the advantages of either sign."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(length: int) -> torch.Tensor:
         return torch.randint(vocabulary, (work.micro, length), generator=generator)
 
-    found = []
+    found, prompt = [], tokens(work.prompt)[:1].expand(work.micro, -1)
     for _ in range(work.generations // work.micro):
         batch = {
-            "prompt_ids": tokens(work.prompt),
+            "prompt_ids": prompt,
             "prompt_mask": torch.ones(work.micro, work.prompt, dtype=torch.int64),
             "completion_ids": tokens(work.completion),
             "completion_mask": torch.ones(work.micro, work.completion, dtype=torch.int64),
@@ -152,49 +160,76 @@ def measure(work: Policy) -> dict[str, Any]:
     model: nn.Module = made.model.to(work.device)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     batches = micro_batches(work, worker._models("presets").config(work.shape).vocab_size)
 
-    def step() -> torch.Tensor:
+    def micro_step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with made.compute_loss_context_manager():
+            loss = made.compute_loss(model, dict(batch))
+        loss.backward()
+        made._metrics["train"].clear()
+        return loss.detach()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; the sum of the micro-batches' losses, and the norm of the gradient."""
         optimiser.zero_grad(set_to_none=True)
         total = torch.zeros((), device=work.device)
         for batch in batches:
-            with made.compute_loss_context_manager():
-                loss = made.compute_loss(model, dict(batch))
-            loss.backward()
-            total += loss.detach()
+            total += micro_step(batch)
+        norms = [p.grad.float().norm() for p in trained if p.grad is not None]
         optimiser.step()
-        made._metrics["train"].clear()
-        return total
+        return total, torch.stack(norms).norm() if norms else torch.zeros(())
 
-    started = time.perf_counter()
-    losses = [float(step())]
-    wait()
-    first, seconds = time.perf_counter() - started, []
-    for i in range(work.warmup + work.steps):
-        if i == work.warmup and cuda:
-            torch.cuda.reset_peak_memory_stats()
+    turns = worker.Turns(Path(work.turns)) if work.turns else None
+    seconds = []
+    for i in range(work.warmup):
         started = time.perf_counter()
-        loss = step()
+        micro_step(batches[i % len(batches)])
         wait()
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(loss))
-    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
-    grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
-    if not grad_norm > 0:
-        raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
-    median = statistics.median(seconds[work.warmup :])
+        ended = time.perf_counter()
+        seconds.append(ended - started - (turns.stopped(started, ended) if turns is not None else 0.0))
+    for group in optimiser.param_groups:
+        group["lr"] = 0.0
+    optimiser.step()  # makes what it holds, and no change
+    for group in optimiser.param_groups:
+        group["lr"] = LEARNING_RATE
+    warmup, seconds, found = seconds, [], []
+    with turns.alone() if turns is not None else contextlib.nullcontext():
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(work.steps):
+            started = time.perf_counter()
+            found.append(step())
+            wait()
+            seconds.append(time.perf_counter() - started)
+    losses, grad_norms = ([float(x) for x in column] for column in zip(*found, strict=True))
+    if not min(grad_norms) > 0:
+        raise RuntimeError(f"grad_norm is {grad_norms}: the system is not training")
+    median = statistics.median(seconds)
     peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
     return {
         "tokens_per_s": work.generations * (work.prompt + work.completion) / median,
         "ms_median": median * 1e3,
-        "ms_min": min(seconds[work.warmup :]) * 1e3,
+        "ms_min": min(seconds) * 1e3,
         "peak_allocated_gib": peaks[0] and peaks[0] / 2**30,
         "peak_reserved_gib": peaks[1] and peaks[1] / 2**30,
-        "first_step_s": first,
+        "first_micro_batch_s": warmup[0],
+        "micro_batch_s": warmup[-1],
         "losses": losses,
-        "grad_norm": grad_norm,
+        "grad_norms": grad_norms,
         "trained_parameters": sum(p.numel() for p in trained),
+        **(planned(made) if work.system == "ours" else {}),
+    }
+
+
+def planned(made: Any) -> dict[str, Any]:
+    """What our compiler made of the step: how many graphs, and how each is kept within its budget."""
+    explanation = made.explanation
+    return {
+        "graphs": len(explanation.graphs),
+        "fallbacks": [g.fallback for g in explanation.graphs if g.fallback],
+        "predicted_peak_gib": max((plan.peak_bytes / 2**30 for plan in explanation.plans), default=None),
+        "plans": [str(plan) for plan in explanation.plans],
     }
 
 

@@ -3,9 +3,15 @@
     python -m benchmarks.rollout --shape llama-8b --mode lora --sequences 64 --new 512 --systems ours,transformers
 
 Prompts are random, ``--group`` completions of each; tokens are drawn at temperature 1, and none ends a completion. One
-process per system, rows as ``benchmarks.step`` keeps them. ``ours`` takes ``compile=false`` and ``rows=N``, and is held
-against the model as well (``rollout_worker.py``): greedy tokens against those of ``generate`` and against the likeliest
-ones of a training forward pass, log-probabilities against that pass, and both after the weights have changed.
+process per system, rows as ``benchmarks.step`` keeps them. ``ours`` takes ``compile=false``, ``rows=N`` and
+``fp32_head=true`` (logits that are not rounded, as with TRL's ``cast_lm_head_to_fp32``), and is held against the model
+as well (``rollout_worker.py``): greedy tokens against those of ``generate`` and against the likeliest ones of a forward
+pass of training, log-probabilities against that pass (``generate``'s too), and both after the weights have changed.
+
+Random weights leave the two likeliest tokens about as likely as each other, so how many greedy tokens agree in bfloat16
+is asked of weights that have learnt something, which continue pieces of this project's documentation:
+
+    python -m benchmarks.rollout --shape smollm2-135m --weights SmolLM2-135M-Instruct.Q4_1.gguf --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -26,18 +32,28 @@ SYSTEMS = ("ours", "transformers", "unsloth")
 WORKLOAD = ("shape", "mode", "dtype", "sequences", "group", "prompt", "new", "check", "runs", "device")
 
 
+_OPTIONS = "compile=true|false, fp32_head=true|false and rows=N"
+
+
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one system in a process of its own; whatever happens to it becomes a row."""
     system, options = parse_system(name)
     work = {"system": system, "options": options, **{n: getattr(args, n) for n in WORKLOAD}}
+    if args.weights:
+        work["weights"] = str(Path(args.weights).resolve())
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
     if system == "unsloth" and args.peer_site:
         environment["PYTHONPATH"] = str(Path(args.peer_site).resolve())
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", str(HERE / "rollout_worker.py"), json.dumps(work)]
         row = step.in_process(command, args.limit, env=environment, cwd=folder)
-    workload = {n: work[n] for n in WORKLOAD} | {"options": options}
-    return {"system": system, "workload": workload, **row, **step.provenance("benchmarks.rollout")}
+    return {"system": system, "workload": workload(args, options), **row, **step.provenance("benchmarks.rollout")}
+
+
+def workload(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """What makes two rows of one system different measurements."""
+    weights = {"weights": Path(args.weights).name} if args.weights else {}
+    return {n: getattr(args, n) for n in WORKLOAD} | weights | {"options": options}
 
 
 def parse_system(name: str) -> tuple[str, dict[str, Any]]:
@@ -52,9 +68,9 @@ def parse_system(name: str) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {}
     for part in parts:
         key, _, value = part.partition("=")
-        if system != "ours" or key not in ("compile", "rows"):
-            raise ValueError(f"{system} takes no option {part!r}; ours takes compile=true|false and rows=N")
-        options[key] = value == "true" if key == "compile" else int(value)
+        if system != "ours" or key not in ("compile", "fp32_head", "rows"):
+            raise ValueError(f"{system} takes no option {part!r}; ours takes {_OPTIONS}")
+        options[key] = int(value) if key == "rows" else value == "true"
     return system, options
 
 
@@ -80,7 +96,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     arguments = argparse.ArgumentParser("benchmarks.rollout", description=__doc__.split("\n")[0])
-    arguments.add_argument("--shape", default="llama-8b", help="a preset of models/presets.py")
+    arguments.add_argument("--shape", default="llama-8b", help="a preset of models/presets.py; a name for --weights")
+    arguments.add_argument("--weights", help="a GGUF file with trained weights (default: random ones)")
     arguments.add_argument("--mode", choices=("lora", "qlora", "full"), default="lora")
     arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments.add_argument("--sequences", type=int, default=64)
@@ -103,13 +120,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     name = f"{args.shape}-{args.mode}-{args.sequences}x{args.new}-{args.device}.json"
     path = Path(args.out) if args.out else step.RESULTS / "rollouts" / name
+    if args.weights and not Path(args.weights).is_file():
+        raise SystemExit(f"--weights: there is no file {args.weights}")
+    if args.weights and args.mode == "qlora":
+        raise SystemExit("--weights: they have 4 bits already; take --mode lora or full")
     if args.sequences % args.group:
         raise SystemExit(f"--sequences {args.sequences} is no multiple of --group {args.group}")
     names = args.systems.split(",")
     parsed = [parse_system(name) for name in names]  # a misspelt system is noticed before the first one has run
-    settings = {n: getattr(args, n) for n in WORKLOAD}
     rows = [
-        ({"system": system, "workload": settings | {"options": options}}, functools.partial(measure, name, args))
+        ({"system": system, "workload": workload(args, options)}, functools.partial(measure, name, args))
         for name, (system, options) in zip(names, parsed, strict=True)
     ]
     step.measure_missing(path, rows, table, force=args.force)

@@ -28,8 +28,12 @@ from .suites import SUITES, Work
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SYSTEMS = ("ours", "recorded", "inductor", "hf", "trl", "liger", "unsloth")
+SYSTEMS = ("ours", "recorded", "inductor", "hf", "float32", "trl", "liger", "unsloth")
 PEERS = ("trl", "liger", "unsloth")
+CLOSE = {"loss": 1e-3, "grad_norm": 2e-2}
+"""Relative to float32. bfloat16 rounds by up to 2^-9 = 2e-3 at each operator; a mean over thousands of tokens and a
+norm over millions of gradients keep little of it: 1e-4 and 3e-3 between systems that compute the same. A system that
+leaves out a token, a layer or a gradient is off by more."""
 WORKLOAD = ("shape", "mode", "batch", "seq", "steps", "warmup", "device", "regime", "checkpointing")
 """Arguments of the command line that make two rows of one system different measurements, beside its options."""
 
@@ -76,6 +80,7 @@ def measure_missing(
     table: Callable[[list[dict[str, Any]]], str],
     *,
     force: bool,
+    parallel: int = 1,
 ) -> None:
     """Measure what a result file lacks or has as a failure, row by row, and print the whole.
 
@@ -84,13 +89,15 @@ def measure_missing(
         rows: of each the system and workload that ``key`` tells it by, and what measures it.
         table: rows as text, a head and a line for each.
         force: measure again what is there.
+        parallel: rows that are measured at one time.
     """
-    for wanted, measure in rows:
-        if not force and any(key(r) == key(wanted) and "error" not in r for r in read(path)):
-            continue
-        row = measure()
-        write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-        print(table([row]).splitlines()[-1], flush=True)
+    there = {} if force else {key(r) for r in read(path) if "error" not in r}
+    missing = [measure for wanted, measure in rows if key(wanted) not in there]
+    with ThreadPoolExecutor(parallel) as pool:
+        for future in as_completed([pool.submit(measure) for measure in missing]):
+            row = future.result()
+            write(path, [r for r in read(path) if key(r) != key(row)] + [row])
+            print(table([row]).splitlines()[-1], flush=True)
     print(f"\n{table(read(path))}\n\n{path}")
 
 
@@ -116,17 +123,20 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     return {"system": system, "workload": workload, **row, **provenance("benchmarks.step")}
 
 
-def in_process(command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None) -> dict[str, Any]:
+def in_process(
+    command: list[str], limit: int, *, env: dict[str, str], cwd: str | None = None, log: Path | None = None
+) -> dict[str, Any]:
     """The row that a process writes as JSON to the file named by its last argument, which is added to the command.
 
     Args:
         limit: seconds after which it is stopped.
+        log: where it prints to; None for a file that is dropped.
 
     Returns:
         the row; with "error" and the end of the "log" if there is none, or it says so itself.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output, log = Path(folder) / "row.json", Path(folder) / "log.txt"
+        output, log = Path(folder) / "row.json", log or Path(folder) / "log.txt"
         try:
             with log.open("w") as sink:
                 code = subprocess.run(
@@ -157,7 +167,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{label(row):<36}{row['tokens_per_s']:>9,.0f}{ms:>9.1f}{peak[0]:>10}{peak[1]:>10}"
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
+        if "profile" in row:
+            lines.append(_profile_line(row["profile"], row.get("floor", {})))
     return "\n".join(lines)
+
+
+def _profile_line(profile: dict[str, float], floor: dict[str, float]) -> str:
+    parts = [
+        f"{kind} {profile[f'{kind}_ms']:.1f}" + (f" (floor {floor[f'{kind}_ms']:.1f})" if f"{kind}_ms" in floor else "")
+        for kind in ("products", "attention", "rest", "idle")
+    ]
+    return f"    {profile['span_ms']:.1f} ms in {profile['kernels']:.0f} kernels: {', '.join(parts)}"
 
 
 def label(row: dict[str, Any]) -> str:
@@ -195,7 +215,11 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         help="systems that load and compile at one time; each is timed alone, and all must fit into memory (default 1)",
     )
-    arguments.add_argument("--profile", action="store_true", help="write each system's CUDA kernels by time")
+    arguments.add_argument(
+        "--profile",
+        action="store_true",
+        help="split a step into products, attention, rest and idle, beside the floor, and write its kernels by time",
+    )
     return arguments
 
 
@@ -228,8 +252,28 @@ def measure_workload(args: argparse.Namespace) -> None:
         for future in as_completed([pool.submit(measure, name, args, path, together) for name in names]):
             row = future.result()
             write(path, [r for r in read(path) if key(r) != key(row)] + [row])
-            print(table([row]).splitlines()[-1], flush=True)
-    print(f"\n{table(read(path))}\n\n{path}")
+            print(*table([row]).splitlines()[1:], sep="\n", flush=True)
+    print(f"\n{table(read(path))}\n\n{path}", *deviations(read(path)), sep="\n")
+
+
+def deviations(rows: list[dict[str, Any]]) -> list[str]:
+    """Which systems train something else than float32 does, by their first loss and the norm of their first gradient.
+
+    Args:
+        rows: of one shape, mode and batch. Without one of "float32" nothing is known; older rows lack the norm.
+    """
+    truth = next((r for r in rows if r["system"] == "float32" and "error" not in r), None)
+    found = []
+    for row in rows if truth else ():
+        if "first_grad_norm" not in row:
+            continue
+        for name, ours, its in (
+            ("loss", row["losses"][0], truth["losses"][0]),
+            ("grad_norm", row["first_grad_norm"], truth["first_grad_norm"]),
+        ):
+            if not abs(ours - its) <= CLOSE[name] * abs(its):
+                found.append(f"{label(row)}: {name} of the first step is {ours:.6g}, in float32 {its:.6g}")
+    return found
 
 
 def of_suite(work: Work, args: argparse.Namespace) -> argparse.Namespace:

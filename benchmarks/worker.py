@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,27 +28,28 @@ from torch import nn
 
 def _models(name: str) -> Any:
     """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
-    return _file(Path(__file__).parent.parent / "models" / f"{name}.py")
+    return _from(Path(__file__).parent.parent / "models" / f"{name}.py")
+
+
+def _beside(name: str) -> Any:
+    """A file that lies beside this one, which is no module of a package here."""
+    return _from(Path(__file__).parent / f"{name}.py")
 
 
 @functools.cache
-def _vision() -> Any:
-    """``benchmarks/vision_shapes.py``, likewise."""
-    return _file(Path(__file__).parent / "vision_shapes.py")
-
-
-def _file(path: Path) -> Any:
+def _from(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # where typing looks for annotations
     spec.loader.exec_module(module)
     return module
 
 
-Turns = _file(Path(__file__).parent / "turns.py").Turns
+Turns = _beside("turns").Turns
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""That get adapters; of a mixture of experts the first four, because PEFT would make one for each expert."""
 RANK = 16
 
 
@@ -73,16 +75,16 @@ class Workload:
     @property
     def of_images(self) -> bool:
         """Whether the shape is of ``benchmarks/vision_shapes.py``; ``seq`` then counts the text beside the image."""
-        return self.shape in _vision().SHAPES
+        return self.shape in _beside("vision_shapes").SHAPES
 
     def config(self) -> Any:
         """The model's configuration."""
-        return (_vision() if self.of_images else _models("presets")).config(self.shape)
+        return (_beside("vision_shapes") if self.of_images else _models("presets")).config(self.shape)
 
     def inputs(self) -> dict[str, Any]:
         """The batch of every step: random tokens, and an image in each row of a model that takes them."""
         if self.of_images:
-            made = _vision().batch(self.shape, self.batch, self.seq, _dtype(self))
+            made = _beside("vision_shapes").batch(self.shape, self.batch, self.seq, _dtype(self))
             return {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
         size = (self.batch, self.seq)
         ids = torch.randint(self.config().vocab_size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
@@ -90,7 +92,7 @@ class Workload:
 
     def targets(self) -> Any:
         """Which layers get adapters, as PEFT takes them."""
-        return _vision().SHAPES[self.shape].adapted if self.of_images else LINEARS
+        return _beside("vision_shapes").SHAPES[self.shape].adapted if self.of_images else LINEARS
 
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
@@ -109,18 +111,22 @@ def _base(work: Workload) -> nn.Module:
     """The random model without adapters, its weights in 4 bits where the mode says so."""
     model = _models("presets").build(work.config(), dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
-        _quantise(model, _vision().SHAPES[work.shape].unquantised if work.of_images else ("lm_head",))
+        _quantise(model, _beside("vision_shapes").SHAPES[work.shape].unquantised if work.of_images else ("lm_head",))
     return model
 
 
 def _adapted(model: nn.Module, work: Workload) -> nn.Module:
     if work.checkpointing == "hf":
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        now = hasattr(model, "activation_checkpointing_enable")  # transformers 5.2x has given it another name
+        enable = model.activation_checkpointing_enable if now else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
     if work.mode == "full":
         return model.train()
     from peft import LoraConfig, get_peft_model
 
     names = work.targets()
+    if names is LINEARS and getattr(model.config, "num_experts", None):
+        names = LINEARS[:4]
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
     _randomise(adapted)
@@ -143,6 +149,15 @@ def _quantise(model: nn.Module, kept: tuple[str, ...] = ("lm_head",)) -> None:
 def hf(work: Workload) -> tuple[nn.Module, Forward]:
     """transformers and PEFT as they are."""
     model = _plain(work)
+    return model, lambda batch: model(**batch).loss
+
+
+def float32(work: Workload) -> tuple[nn.Module, Forward]:
+    """The same weights in float32, what others are checked against: a step of it is not timed but for the record."""
+    model = _plain(work).float()
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # of a packed weight
+            module.compute_dtype = torch.float32
     return model, lambda batch: model(**batch).loss
 
 
@@ -258,7 +273,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
     model.save_pretrained(folder)
     words = ["a", "<eos>", "<pad>", "<unk>"]
     if work.of_images:
-        words += _vision().write_processor(folder)
+        words += _beside("vision_shapes").write_processor(folder)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     special: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     special["additional_special_tokens"] = words[4:]
@@ -268,7 +283,7 @@ def _checkpoint(work: Workload, folder: str) -> None:
         torch.cuda.empty_cache()
 
 
-SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, trl, liger, unsloth)}
+SYSTEMS = {f.__name__: f for f in (ours, recorded, inductor, hf, float32, trl, liger, unsloth)}
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------
@@ -282,6 +297,8 @@ def measure(work: Workload) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
 
+    if work.system == "float32":
+        work = dataclasses.replace(work, steps=1, warmup=1)
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -304,6 +321,7 @@ def measure(work: Workload) -> dict[str, Any]:
     first = time.perf_counter() - started
     if turns is not None:
         first -= turns.stopped(started, started + first)
+    first_grad_norm = _grad_norm(trained)
     seconds, launching = [], []
     with turns.alone() if turns is not None else contextlib.nullcontext():
         if cuda:
@@ -326,11 +344,9 @@ def measure(work: Workload) -> dict[str, Any]:
         wait()
         in_a_row = (time.perf_counter() - started) / work.steps
         losses.append(float(loss))
-        if work.profile and cuda:
-            _profile(step, Path(work.profile))
-    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
-    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
-    grad_norm = float(torch.stack(norms).norm()) if norms else 0.0
+        peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (None, None)
+        profile = _profile(step, model, work) if work.profile and cuda else {}
+    grad_norm = _grad_norm(trained)
     if not grad_norm > 0:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
     median = statistics.median(seconds)
@@ -345,17 +361,25 @@ def measure(work: Workload) -> dict[str, Any]:
         "first_step_s": first,
         "losses": losses,
         "grad_norm": grad_norm,
+        "first_grad_norm": first_grad_norm,
         "trained_parameters": sum(p.numel() for p in trained),
+        **profile,
     }
 
 
-def _profile(step: Callable[[], Any], path: Path) -> None:
-    from torch.profiler import ProfilerActivity, profile
+def _grad_norm(trained: list[nn.Parameter]) -> float:
+    norms = [p.grad.float().norm() for p in trained if p.grad is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    path.write_text(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+
+def _profile(step: Callable[[], Any], model: nn.Module, work: Workload) -> dict[str, Any]:
+    """Where one step's time goes, and the floor under it; the kernels go into the file that the workload names."""
+    profiled = _beside("profiled")
+    kernels = profiled.profiled(step)
+    Path(work.profile or os.devnull).write_text(profiled.listed(kernels))
+    found = {"profile": profiled.split(kernels)}
+    # The floor's products are all of one length, and a tower sees more patches than the text has tokens.
+    return found if work.of_images else {**found, "floor": profiled.floor(model, work.batch, work.seq)}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import fx
 from torch._dynamo.source import ConstantSource
 
 from ..kernels.operator import OPERATORS
+from ..passes.memory import remembered
 from ..passes.memory.partition import Partitioner
 from .inline import InlineReferences
 from .options import Options
@@ -30,15 +31,26 @@ def lower(
 
     _name_constants(graph)
     _declare_opaque()
-    report.partitioner = Partitioner(options.memory_budget, strict=options.strict, host=options.host_memory_budget)
+    report.partitioner = partitioner = Partitioner(
+        options.memory_budget,
+        strict=options.strict,
+        host=options.host_memory_budget,
+        sizes=remembered.sizes_of(example_inputs),
+    )
     patches = {
         **_mode(mode),
-        "custom_partitioner_fn": report.partitioner,
+        "custom_partitioner_fn": partitioner,
         "post_grad_custom_pre_pass": InlineReferences(),
         # A plan never changes numbers: recomputed values must round where the kept ones did.
         "emulate_precision_casts": True,
     }
-    return compile_fx(graph, list(example_inputs), config_patches=patches)
+    key = remembered.key_of(graph, example_inputs, partitioner.uuid())
+    run = compile_fx(graph, list(example_inputs), config_patches=patches)
+    if partitioner.last_plan is not None:
+        remembered.remember(key, partitioner.last_plan, partitioner.last_floor)
+    elif (earlier := remembered.recall(key)) is not None:  # the graph came out of a cache, cut already
+        partitioner.last_plan, partitioner.last_floor = earlier
+    return run
 
 
 def _declare_opaque() -> None:

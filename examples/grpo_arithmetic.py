@@ -5,7 +5,7 @@ and stop. Two functions judge it, one the form and one the number; no answer is 
 and a part of them is held out: its mean reward before and after is what counts.
 
     python -m examples.grpo_arithmetic                          # toy length: minutes on two cores
-    python -m examples.grpo_arithmetic --steps 300 --largest 99 --operators '+-*' --prompts 16   # on a GPU
+    python -m examples.grpo_arithmetic --steps 100 --largest 20 --operators '+-' --prompts 16 --held-out 64   # on a GPU
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,17 +151,16 @@ class _HeldOut(TrainerCallback):
             self.ask(state.global_step)
 
 
-def settings(folder: Path, steps: int, prompts: int, seed: int) -> trl.GRPOConfig:
+def settings(folder: Path, given: argparse.Namespace) -> trl.GRPOConfig:
     on_gpu = torch.cuda.is_available()
     return trl.GRPOConfig(
         str(folder / "run"),
-        seed=seed,
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=prompts,
+        seed=given.seed,
+        max_steps=given.steps,
+        per_device_train_batch_size=8 * given.prompts,  # answers are short: all of a step at a time
         num_generations=8,
         max_completion_length=TOKENS,
-        learning_rate=5e-4,
+        learning_rate=given.learning_rate,
         lr_scheduler_type="constant",
         optim="adamw_torch",
         bf16=on_gpu,
@@ -182,23 +182,30 @@ def train(
     trainer = GRPOTrainer(
         model,
         [form, number],
-        settings(folder, given.steps, given.prompts, given.seed),
+        settings(folder, given),
         train_dataset=rows(trained),
         processing_class=tokenizer,
         callbacks=[watch],
-        options={"lowering": given.lowering},
+        compile=given.lowering != "none",
+        options={} if given.lowering == "none" else {"lowering": given.lowering},
     )
     trainer.train()
-    print(trainer.explanation)
+    if given.lowering != "none":
+        print(trainer.explanation)
     return {h["step"]: h["reward"] for h in trainer.state.log_history if "reward" in h}, watch.found
 
 
-def plot(training: dict[int, float], held_out: dict[int, float], path: Path) -> Path:
-    """Mean reward by step as a PNG."""
+def plot(runs: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Mean reward by step of runs that differ in their seeds, as a PNG."""
     figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(list(training), list(training.values()), alpha=0.5, label="completions trained on")
-    axes.plot(list(held_out), list(held_out.values()), marker="o", label="held-out problems")
+    for index, run in enumerate(runs):
+        training, held_out = run["training"], run["held_out"]
+        seed = f", seed {run['seed']}"
+        steps, rewards = zip(*held_out.items(), strict=True)
+        axes.plot(list(training), list(training.values()), color=f"C{index}", alpha=0.3, linewidth=1)
+        axes.plot(steps, rewards, color=f"C{index}", marker="o", label="held-out problems" + seed)
+    axes.plot([], [], color="gray", alpha=0.5, linewidth=1, label="completions trained on")
     axes.set(xlabel="step", ylabel="mean reward", ylim=(0, RIGHT + FORM))
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,31 +213,60 @@ def plot(training: dict[int, float], held_out: dict[int, float], path: Path) -> 
     return path
 
 
+def draw_together(folders: Sequence[Path], into: Path) -> Path:
+    """One picture, and one file of numbers, of runs that are done: ``reward.json`` of each folder."""
+    runs = []
+    for folder in folders:
+        facts = json.loads((folder / "reward.json").read_text(encoding="utf-8"))
+        curves = ({int(step): x for step, x in facts[name].items()} for name in ("training", "held_out"))
+        runs.append(facts | dict(zip(("training", "held_out"), curves, strict=True)))
+    picture = plot(runs, into / "rewards.png")
+    (into / "rewards.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    return picture
+
+
 def parser() -> argparse.ArgumentParser:
     on_gpu = torch.cuda.is_available()
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--folder", type=Path, default=FOLDER, help=f"for results (default {FOLDER})")
+    found.add_argument("--model", type=Path, help="a GGUF file or a folder (default: SmolLM2 as installed)")
     found.add_argument("--steps", type=int, default=30, help="optimiser steps (default 30)")
     found.add_argument("--prompts", type=int, default=4, help="problems a step, of 8 answers each (default 4)")
     found.add_argument("--largest", type=int, default=9, help="number in a problem (default 9)")
     found.add_argument("--operators", default="+", help="of + - * (default +)")
     found.add_argument("--held-out", type=int, default=16, help="problems (default 16)")
     found.add_argument("--samples", type=int, default=4, help="answers to each held-out problem (default 4)")
+    found.add_argument("--learning-rate", type=float, default=5e-4, help="constant (default 5e-4)")
     found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--lowering", default="inductor" if on_gpu else "eager", help="eager: start at once")
+    found.add_argument("--draw", type=Path, nargs="+", metavar="FOLDER", help="only draw runs that are done, together")
+    found.add_argument(
+        "--lowering", default="inductor" if on_gpu else "eager", help="eager: starts sooner; none: at once, uncompiled"
+    )
     return found
 
 
 def main() -> None:
     given = parser().parse_args()
+    if given.draw:
+        print(draw_together(given.draw, given.folder))
+        return
+    started = time.perf_counter()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    model, tokenizer = FastLanguageModel.from_pretrained(str(smollm2_gguf()), dtype=dtype)
+    model, tokenizer = FastLanguageModel.from_pretrained(str(given.model or smollm2_gguf()), dtype=dtype)
     training, held_out = train(model, tokenizer, given.folder, given)
-    picture = plot(training, held_out, given.folder / "reward.png")
     gain = held_out[given.steps] - held_out[0]
-    facts = {"seed": given.seed, "steps": given.steps, "gain": gain, "held_out": held_out, "training": training}
+    names = ("seed", "steps", "prompts", "largest", "operators", "learning_rate", "lowering")
+    facts = {name: getattr(given, name) for name in names} | {
+        "gain": gain,
+        "seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "held_out": held_out,
+        "training": training,
+    }
+    picture = plot([facts], given.folder / "reward.png")
     (given.folder / "reward.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(f"mean reward on held-out problems {held_out[0]:.3f} before, {held_out[given.steps]:.3f} after; {picture}")
+    before, after, seconds = held_out[0], held_out[given.steps], facts["seconds"]
+    print(f"mean reward on held-out problems {before:.3f} before, {after:.3f} after; {seconds:.0f} s; {picture}")
     if given.steps >= 30 and gain < LEAST_GAIN:
         raise SystemExit(f"it should have risen by {LEAST_GAIN}: see above")
 

@@ -18,6 +18,7 @@ if __name__ != "kernels":
         rms_norm,
         rope,
         sink_attention,
+        slices,
         token_cross_entropy,
     )
 
@@ -36,5 +37,6 @@ if __name__ != "kernels":
         "rms_norm",
         "rope",
         "sink_attention",
+        "slices",
         "token_cross_entropy",
     ]

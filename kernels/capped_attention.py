@@ -25,8 +25,10 @@ from . import attention as plain
 from .attention_libraries import length_major_copy
 from .capped_attention_triton import forward_kernel, keys_kernel, queries_kernel
 from .operator import next_power_of_two, operator
-from .reasons import dtype_is
+from .reasons import dtype_is, small_card
 
+MOST_HEADS = 65535
+"""Of a batch: a program takes one, in the second dimension of the grid."""
 WIDEST = 256
 """Of a head: four tiles of it are in shared memory at a time."""
 
@@ -201,8 +203,12 @@ def _supports(
         return reason
     if any(not isinstance(x.shape[3], int) or x.shape[3] > WIDEST for x in (q, v)):
         return f"the heads of q and v are {q.shape[3]} and {v.shape[3]} wide, the kernel takes at most {WIDEST}"
+    if reason := small_card(q):
+        return reason
     if cap <= 0 or (window is not None and window < 1):
         return f"cap {cap} and window {window} have to be positive"
+    if all(isinstance(size, int) for size in q.shape[:2]) and q.shape[0] * q.shape[1] > MOST_HEADS:
+        return f"{q.shape[0]} x {q.shape[1]} heads are more than the {MOST_HEADS} that a grid's second dimension has"
     if starts is not None and not statically_known_true(starts.shape[0] == q.shape[0]):
         return f"starts {tuple(starts.shape)} are not those of {q.shape[0]} rows"
     return None

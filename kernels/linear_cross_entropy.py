@@ -65,7 +65,7 @@ def _in_chunks(
     )
     entropies, top1s = entropy.view(-1), top1.view(-1)
 
-    for chunk, logits in logits_in_chunks(hidden, weight, bias):
+    for chunk, logits in logits_in_chunks(hidden, weight, bias, summed=weight_sum is not None):
         statistic = (entropies[chunk], top1s[chunk]) if statistics else (None, None)
         settings = (gradient_unit, None, ignore_index, scale, softcap)
         implementation.reduce(logits, labels[chunk], losses[chunk], *statistic, *settings)

@@ -45,9 +45,14 @@ class Implementation(NamedTuple):
     add_product: Callable[[Tensor, Tensor, Tensor], None]
 
 
-def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows per chunk: equal chunks within CHUNK_BYTES, two at least, so that the logits are never whole."""
-    limit = max(MIN_ROWS, CHUNK_BYTES // (vocabulary * itemsize))
+def chunk_rows(rows: int, vocabulary: int, itemsize: int, summed: int = 0) -> int:
+    """Rows per chunk: equal chunks within CHUNK_BYTES, two at least, so that the logits are never whole.
+
+    Args:
+        summed: columns of the head's weight, where its gradient is summed in float32 chunk by chunk. Each chunk reads
+            and writes that sum, so a chunk has as many rows: the logits then take half of what the sum takes, or less.
+    """
+    limit = max(MIN_ROWS, CHUNK_BYTES // (vocabulary * itemsize), summed)
     return math.ceil(rows / max(2, math.ceil(rows / limit)))
 
 
@@ -56,18 +61,21 @@ def padded_width(vocabulary: int) -> int:
     return ALIGNMENT * math.ceil(vocabulary / ALIGNMENT)
 
 
-def logits_in_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+def logits_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, summed: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
     """hidden Wᵀ + bias in chunks of rows, each in the memory of the one before it.
 
     Args:
         hidden: [rows, width].
         weight, bias: [vocabulary, width] and [vocabulary] or None.
+        summed: whether each chunk adds to a float32 gradient of weight.
 
     Yields:
         the rows, and their logits [chunk, vocabulary] in hidden's dtype, whose rows start at multiples of ALIGNMENT.
     """
     (rows, _), vocabulary = hidden.shape, weight.shape[0]
-    step = chunk_rows(rows, vocabulary, hidden.element_size())
+    step = chunk_rows(rows, vocabulary, hidden.element_size(), weight.shape[1] if summed else 0)
     # Zeros, because oneDNN multiplies what lies between the rows of a bfloat16 matrix by zero, and NaN stays NaN.
     buffer = hidden.new_zeros(step, padded_width(vocabulary))[:, :vocabulary]
     for start in range(0, rows, max(step, 1)):

@@ -176,6 +176,7 @@ def _declare(count: int) -> tuple[Operator, Operator]:
         reference=lambda *args: _up_reference(count, args),
         forward=lambda *args: _up(count, args),
         fake=lambda *args: _up_fake(count, args),
+        rows=f"{' '.join(f'dy{i}' for i in range(1, count + 1))} xa dxa",
         supports=lambda *args: _up_supports(count, args),
         flops=lambda *args: (
             2 * sum(_operations(dy, B) for dy, B in zip(args[:count], args[count + 1 : 2 * count + 1], strict=True))
@@ -187,6 +188,7 @@ def _declare(count: int) -> tuple[Operator, Operator]:
         reference=lambda *args: _down_reference(count, args),
         forward=lambda *args: _down(count, args),
         fake=lambda *args: _down_fake(count, args),
+        rows=f"{' '.join(f'dy{i}' for i in range(1, count + 1))} dxa x rstd dx",
         supports=lambda *args: None,
         flops=lambda *args: _operations(args[0], *args[count : 2 * count], args[2 * count], args[2 * count]),
     )
@@ -206,6 +208,7 @@ glu_lora_backward = operator(
     reference=_glu_reference_all,
     forward=_glu,
     fake=_glu_fake,
+    rows="dh gate up dxa_down xa dgate dup dxa",
     supports=_glu_supports,
     flops=lambda dh, gate, up, dxa_down, xa, B1, B2, *_: (
         18 * gate.numel() + _operations(xa, B1, B1, B2, B2) + 2 * math.prod(dxa_down.shape) * gate.shape[-1]

@@ -238,6 +238,7 @@ lora_linear = operator(
     saves_instead={"adapter_input": "x"},
     differentiable="x adapter_input bias A B",
     gradients_of="y",
+    rows="x adapter_input y xa",
     supports=_supports,
     flops=lambda x, z, weight, bias, A, B, scale: _operations(x, weight, A, B),
     # A and B have two products each: one for what they read, one for themselves.

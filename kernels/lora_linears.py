@@ -190,6 +190,7 @@ def _declare(count: int) -> Operator:
         saves=f"x A {words('weight', 'B')} xa",
         differentiable=f"x A {words('bias', 'B')}",
         gradients_of=words("y"),
+        rows=f"x {words('y')} xa",
         supports=lambda x, A, *rest: _supports(count, x, A, rest),
         flops=lambda x, A, *rest: _operations(x, A, *_matrices(count, rest)),
         # A and the Bᵢ have two products each: one for what they read, one for themselves.

@@ -63,6 +63,7 @@ class Operator:
     fake: Callable[..., Any] | None
     fake_backward: Callable[..., Any]
     opaque_backward: bool
+    rows: tuple[str, ...]
     _supports: Callable[..., str | None]
     overload: torch._ops.OpOverload = field(init=False)
     overload_backward: torch._ops.OpOverload = field(init=False)
@@ -132,6 +133,7 @@ def operator(
     fake: Callable[..., Any] | None = None,
     fake_backward: Callable[..., Any] | None = None,
     opaque_backward: bool = False,
+    rows: str = "",
     devices: Sequence[str] = ("cuda",),
 ) -> Operator:
     """Declare and register an operator.
@@ -167,6 +169,10 @@ def operator(
             opaque where others are replaced by their reference.
         fake_backward: the same for ``reference_backward``, which is still traced where the operator is replaced.
         opaque_backward: it cannot be traced either, so it stays as well.
+        rows: for an operator that treats tokens apart, the inputs and outputs [..., features] with a row for each: a
+            row of an output depends on that row of the inputs alone, and on all of the other inputs; an output that is
+            not named is a sum over tokens. Backward is then taken to be alike: the gradient of what has rows has rows,
+            any other is a sum. Such operators can be run on a few tokens at a time.
         devices: device types on which ``forward`` and ``backward`` run.
     """
     name = schema.split("(", 1)[0]
@@ -189,6 +195,7 @@ def operator(
         fake=fake,
         fake_backward=fake_backward or reference_backward,
         opaque_backward=opaque_backward,
+        rows=tuple(rows.split()),
         _supports=supports,
     )
     _check_names(op)
@@ -210,6 +217,13 @@ def operator_of(target: Any) -> Operator | None:
     return None
 
 
+def launched(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The call without an autograd layer, for an operator of ours; any other as it is."""
+    if target.namespace != NAMESPACE:
+        return target
+    return getattr(getattr(torch.ops, LAUNCH), target._opname).default
+
+
 def _is_there(value: Tensor | None) -> bool:
     """Whether a tensor that is optional was given or made; how many elements it has may be symbolic."""
     return value is not None and not (value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0)
@@ -221,6 +235,7 @@ def _check_names(op: Operator) -> None:
         ("saves", op.saves, known),
         ("differentiable", op.differentiable, set(op.tensor_inputs)),
         ("gradients_of", op.gradients_of, set(op.outputs)),
+        ("rows", op.rows, known),
         ("same_gradient", op.same_gradient.keys(), set(op.tensor_inputs) - set(op.differentiable)),
         ("same_gradient", op.same_gradient.values(), set(op.differentiable)),
         ("saves_instead", (*op.saves_instead, *op.saves_instead.values()), set(op.saves)),

@@ -36,6 +36,7 @@ class _Buffer:
         start = -memory.data_ptr() % PAGE
         self.bytes = memory[start : start + size]
         del memory
+        self.bytes[::PAGE].zero_()  # makes the pages, on all cores; the driver would, on one
         _lock(self.bytes)
         self._idle = self._holders()
 

@@ -13,16 +13,16 @@ matrices of r columns. Such products are bound by reading the activations, and a
   never in memory.
 
 A program holds a block of columns and walks down some of the rows. What is summed over rows stays in its registers
-and is written once; what is summed over columns, which other programs hold, is written for each block. These partial
-sums are float32, and a second kernel adds them in a fixed order. Traffic beside one reading of the large matrices is
-2 · 4 R / BLOCK_N bytes an element for the sums over columns (R: the rank rounded up to 16 or 32), which the cache takes
-most of: 0.5 of 2 bytes at rank 16. For a 4096 x 14336 MLP in bf16, five large matrices move in place of thirteen:
-0.59 GB, 0.20 ms at 2.97 TB/s (H100 copy), in place of 1.53 GB.
+and is written once (of a gated MLP once for every 8192 rows, added to what those before have left there); what is
+summed over columns, which other programs hold, is written for each block. These partial sums are float32, and a second
+kernel adds them in a fixed order. Traffic beside one reading of the large matrices is 2 · 4 R / BLOCK_N bytes an
+element for the sums over columns (R: the rank rounded up to 16 or 32), which the cache takes most of: 0.5 of 2 bytes at
+rank 16. For a 4096 x 14336 MLP in bf16, five large matrices move in place of thirteen: 0.59 GB, 0.20 ms at 2.97 TB/s
+(H100 copy), in place of 1.53 GB.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,14 +32,13 @@ from torch import Tensor
 
 from .launch import Fresh, Launch, by_layout
 from .low_rank_product import _multiprocessors
+from .reasons import small_card
 from .thin_products_triton import glu_kernel, products_kernel, sums_kernel
 
 WIDEST = 32
 """Ranks above this gain nothing: the partial sums move as much as another reading of the matrix."""
 MOST = 3
 """Layers at once."""
-LEAST_CAPABILITY = (8, 0)
-"""Kernels take up to 96 KiB of shared memory, compiled for sm_80, sm_89 and sm_90; sm_89 has 99, sm_75 has 64."""
 ROWS_AT_ONCE = 8192
 """Of a gated MLP: its sums over columns take half as much memory as one of its matrices."""
 
@@ -220,23 +219,21 @@ def _down_launches(
     return first, _summing([_Part(0, stride, walk.splits, width, rank, 1, width)], walk.R, device)
 
 
-def _glu_walk(rows: int, matrices: Sequence[Tensor]) -> tuple[_Walk, int]:
-    """How rows are walked, so many at a time, and the number of partial sums over all of them."""
+def _glu_walk(rows: int, matrices: Sequence[Tensor]) -> _Walk:
+    """How rows are walked, so many at a time."""
     _, gate, _, dxa_down, _, B1, B2 = matrices
     ranks = [dxa_down.shape[1], B1.shape[1], B2.shape[1]]
-    walk = _walk(GLU, min(rows, ROWS_AT_ONCE), [gate.shape[1]], ranks, gate.device)
-    whole, rest = divmod(rows, ROWS_AT_ONCE)
-    return walk, whole * walk.splits + -(-rest // walk.span)
+    return _walk(GLU, min(rows, ROWS_AT_ONCE), [gate.shape[1]], ranks, gate.device)
 
 
 @by_layout
-def _glu_launches(act: int, scales: tuple[float, ...], chunk: int, total: int, *tensors: Tensor) -> Sequence[Launch]:
+def _glu_launches(act: int, scales: tuple[float, ...], first: bool, total: int, *tensors: Tensor) -> Sequence[Launch]:
     """For a chunk of ``total`` rows: the activation's kernel, what sums over columns, and what sums over all rows."""
     *matrices, _, _, _ = tensors
     (rows, width), device = matrices[1].shape, matrices[1].device
     rank_down, rank1, rank2 = (x.shape[1] for x in (matrices[3], *matrices[5:]))
-    walk, splits = _glu_walk(total, matrices)
-    (blocks,), R = walk.blocks, walk.R
+    walk = _glu_walk(total, matrices)
+    (blocks,), R, splits = walk.blocks, walk.R, walk.splits
     stride, each = blocks * walk.tiling.columns * R, rows * R
     over_rows = 3 * splits * stride
     kernel = Launch(
@@ -246,9 +243,9 @@ def _glu_launches(act: int, scales: tuple[float, ...], chunk: int, total: int, *
         results=[],
         scalars=[
             *(rows, width, *map(_pitch, matrices), rank_down, rank1, rank2),
-            *(blocks, walk.span, chunk * walk.splits, splits, over_rows),
+            *(blocks, walk.span, splits, over_rows),
         ],
-        constants={"ACT": act, "BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": R},
+        constants={"ACT": act, "ADD": not first, "BM": walk.tiling.rows, "BN": walk.tiling.columns, "R": R},
         copies=[*_copies(*matrices), None, None, None],
         num_warps=walk.tiling.warps,
         num_stages=walk.tiling.stages,
@@ -265,10 +262,11 @@ def _glu_launches(act: int, scales: tuple[float, ...], chunk: int, total: int, *
     return kernel, _summing(columns, R, device), _summing(over_all, R, device)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; enough for one that is only talked about."""
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else LEAST_CAPABILITY
+def up_workspace(rows: int, widths: Sequence[int], ranks: Sequence[int]) -> int:
+    """Bytes of ``up_products``' sums over columns, for matrices [rows, widthᵢ]; 0 where a library makes them."""
+    if not ranks or max(ranks) > WIDEST:
+        return 0
+    return 4 * max(16, 1 << (max(ranks) - 1).bit_length()) * rows * sum(-(-width // UP.columns) for width in widths)
 
 
 # -- the products ------------------------------------------------------------------------------------------------------
@@ -278,8 +276,8 @@ def unsupported(x: Tensor, *ranks: int) -> str | None:
     """None where these products may be asked for, else the reason."""
     if not x.is_cuda and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
         return f"{x.device} has no Triton"
-    if x.is_cuda and (capability := _capability(x.device)) < LEAST_CAPABILITY:
-        return f"sm_{capability[0]}{capability[1]} has too little shared memory"
+    if reason := small_card(x):
+        return reason
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{x.dtype} is neither bfloat16 nor float16"
     if not all(0 < rank <= WIDEST for rank in ranks):
@@ -349,17 +347,17 @@ def glu_products(
     """
     matrices = (dh, gate, up, dxa_down, xa, *Bs)
     rows = gate.shape[0]
-    walk, splits = _glu_walk(rows, matrices)
+    walk = _glu_walk(rows, matrices)
     dgate, dup, dxa = gate.new_empty(gate.shape), up.new_empty(up.shape), xa.new_empty(xa.shape)
     dBs, dA = [B.new_empty(B.shape) for B in Bs], gate.new_empty(dxa_down.shape[1], gate.shape[1])
     in_chunk = walk.over_columns(min(rows, ROWS_AT_ONCE), kinds=2)
-    partials = gate.new_empty(walk.over_rows(3) // walk.splits * splits + in_chunk, dtype=torch.float32)
-    for chunk, start in enumerate(range(0, rows, ROWS_AT_ONCE)):
+    partials = gate.new_empty(walk.over_rows(3) + in_chunk, dtype=torch.float32)
+    for start in range(0, rows, ROWS_AT_ONCE):
         *by_row, of_dxa = (
             x.narrow(0, start, min(ROWS_AT_ONCE, rows - start)) for x in (*matrices[:5], dgate, dup, dxa)
         )
         tensors = (*by_row[:5], *Bs, *by_row[5:], partials)
-        kernel, over_columns, over_rows = _glu_launches(act, tuple(scales), chunk, rows, *tensors)
+        kernel, over_columns, over_rows = _glu_launches(act, tuple(scales), start == 0, rows, *tensors)
         kernel(*tensors)
         _filled(over_columns, partials, of_dxa.split([B.shape[1] for B in Bs], 1))
         if start + ROWS_AT_ONCE >= rows:

@@ -36,6 +36,13 @@ def _place(block, index, rows, BLOCK: tl.constexpr, R: tl.constexpr):
     return (tl.cast(block, tl.int64) * rows + index) * R, lanes
 
 
+@triton.jit
+def _leave(place, sums, ADD: tl.constexpr):
+    if ADD:
+        sums += tl.load(place)
+    tl.store(place, sums)
+
+
 @triton.jit(do_not_specialize=["M", "span"])
 def products_kernel(
     x1, x2, x3,
@@ -98,9 +105,10 @@ def glu_kernel(
     M, N,
     dh_pitch, gate_pitch, up_pitch, down_pitch, xa_pitch, B1_pitch, B2_pitch,
     rank_down, rank1, rank2,
-    blocks, span, first_split, splits, over_columns,
-    ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    blocks, span, splits, over_columns,
+    ACT: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
+    """With ADD, what is summed over rows is added to what the rows before have left there."""
     block, split = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     column = block * BN + tl.arange(0, BN)
     inside = column < N
@@ -134,12 +142,12 @@ def glu_kernel(
         begin, lanes = _place(blocks + block, at, M, BM, R)
         products = _multiply_add(du, b2, tl.zeros((BM, R), dtype=tl.float32))
         tl.store(partials + over_columns + begin + lanes, products, mask=(row < M)[:, None])
-    begin, lanes = _place(first_split + split, block * BN, blocks * BN, BN, R)
-    tl.store(partials + begin + lanes, sums1)
-    begin, lanes = _place(splits + first_split + split, block * BN, blocks * BN, BN, R)
-    tl.store(partials + begin + lanes, sums2)
-    begin, lanes = _place(2 * splits + first_split + split, block * BN, blocks * BN, BN, R)
-    tl.store(partials + begin + lanes, sums_down)
+    begin, lanes = _place(split, block * BN, blocks * BN, BN, R)
+    _leave(partials + begin + lanes, sums1, ADD)
+    begin, lanes = _place(splits + split, block * BN, blocks * BN, BN, R)
+    _leave(partials + begin + lanes, sums2, ADD)
+    begin, lanes = _place(2 * splits + split, block * BN, blocks * BN, BN, R)
+    _leave(partials + begin + lanes, sums_down, ADD)
 
 
 @triton.jit

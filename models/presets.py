@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 if TYPE_CHECKING:  # modelling takes two seconds to import, and shapes are asked for without it
+    from collections.abc import Callable
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 # Grouped-query attention, a head size that is not hidden / heads, and a vocabulary that is no power of two: what a
@@ -82,6 +85,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
     },
+    "llama-70b": {  # meta-llama/Llama-3.1-70B
+        **_LLAMA3,
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_LLAMA3_ROPE, "factor": 8.0},
+    },
     "qwen3-4b": {  # Qwen/Qwen3-4B
         "model_type": "qwen3",
         "vocab_size": 151_936,
@@ -123,12 +137,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config(name: str) -> PreTrainedConfig:
-    """The configuration of a preset.
+    """The configuration of a preset; ``llama-8b@4`` is that of its shape with four layers.
 
     Raises:
         KeyError: for a name that is not in :data:`SHAPES`.
+        ValueError: for a number of layers that is none.
     """
-    settings = dict(SHAPES[name])
+    shape, _, layers = name.partition("@")
+    settings = dict(SHAPES[shape])
+    if layers:
+        settings["num_hidden_layers"] = int(layers)
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
@@ -147,7 +165,8 @@ def build(
     notice when one of them is forgotten.
 
     Args:
-        name: a key of :data:`SHAPES`, for a causal language model; or any configuration, of images and text as well.
+        name: a key of :data:`SHAPES`, perhaps with a number of layers, as :func:`config` takes it; or any
+            configuration, of a model of images and text as well.
         attn_implementation: "sdpa", "eager", …; None is transformers' own choice, which is "sdpa" wherever the
             architecture has it (Gemma 2 caps its scores and has not).
         seed: of the weights; the caller's random state is left as it was.
@@ -162,11 +181,59 @@ def build(
     with torch.random.fork_rng(devices=_cuda_index(device)), torch.device(device):
         torch.manual_seed(seed)
         model = kind.from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for parameter in model.parameters():
+            _with_noise(parameter)
     return model.train()
+
+
+def build_packed(
+    name: str,
+    pack: Callable[[PreTrainedModel, Callable[[nn.Linear], object]], object],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model as :func:`build` makes it, whose linear layers get their weights one by one and are packed at once.
+
+    So weights that do not fit the device can be packed there (70B in bf16 are 131 GiB, in NF4 35).
+
+    Args:
+        pack: called with the model, on the meta device but for what is no linear layer, and with what gives one of its
+            linear layers random weights on ``device``; packs each before it goes on to the next
+            (:func:`.quantise.quantise_nf4`).
+        seed: of the weights; the caller's random state is left as it was.
+
+    Raises:
+        KeyError: for a name that is not in :data:`SHAPES`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(name), dtype=dtype)
+
+    @torch.no_grad()
+    def make(module: nn.Module) -> None:
+        module.to_empty(device=device, recurse=False)
+        with torch.device(device):
+            model._init_weights(module)
+            for parameter in module.parameters(recurse=False):
+                _with_noise(parameter)
+
+    with torch.random.fork_rng(devices=_cuda_index(device)):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if type(module) is not nn.Linear or module is model.get_output_embeddings():
+                make(module)
+        model.tie_weights()
+        pack(model, make)
+    return model.train()
+
+
+@torch.no_grad()
+def _with_noise(parameter: nn.Parameter) -> None:
+    if parameter.dim() == 1:
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 def _cuda_index(device: str | torch.device) -> list[int]:

@@ -20,7 +20,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantise_nf4(
-    model: Model, *, compute_dtype: torch.dtype, skip: Sequence[str] = ("lm_head",), double_quant: bool = True
+    model: Model,
+    *,
+    compute_dtype: torch.dtype,
+    skip: Sequence[str] = ("lm_head",),
+    double_quant: bool = True,
+    make: Callable[[nn.Linear], object] | None = None,
 ) -> Model:
     """Replace linear layers by bitsandbytes' ``Linear4bit``, in place and one after the other.
 
@@ -35,6 +40,7 @@ def quantise_nf4(
         skip: names of modules to leave as they are, with all that they contain: "lm_head" wherever it stands, or a path
             such as "model.layers.0".
         double_quant: quantise the scales of the blocks too, which saves 0.37 bits per weight.
+        make: called with each layer before it is quantised, to give it the weights that it does not have yet.
 
     Returns:
         the same model.
@@ -43,7 +49,13 @@ def quantise_nf4(
         ImportError: without bitsandbytes.
         ValueError: when there is nothing to quantise, or the model has adapters, which would be quantised as well.
     """
-    kept = _replaced(model, skip, lambda layer: _quantised(layer, compute_dtype, double_quant))
+
+    def quantised(layer: nn.Linear) -> nn.Module:
+        if make is not None:
+            make(layer)
+        return _quantised(layer, compute_dtype, double_quant)
+
+    kept = _replaced(model, skip, quantised)
     if isinstance(model, PreTrainedModel):
         four_bits: dict[str, Any] = {
             "load_in_4bit": True,
@@ -83,7 +95,7 @@ def _replaced(model: nn.Module, skip: Sequence[str], quantised: Callable[[nn.Lin
     for name in chosen:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        if layer.weight.device.type == "cuda":
+        if torch.cuda.is_initialized():
             # Else packed weights would settle where unpacked ones were freed, and hold all of that memory: 8B in NF4
             # left 15.8 GiB reserved for 5.4, in holes too small for anything that a step makes.
             torch.cuda.empty_cache()

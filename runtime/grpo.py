@@ -8,9 +8,8 @@ for a number; the reference, and the policy before an update, are a forward pass
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,23 @@ from ..compiler.run import compiled
 from .generation.engine import complete
 from .generation.sampling import sampling_of
 from .generation.support import Unsupported
-from .policy import IGNORED, Head, PolicyStep, keeps_logits, policy_step, score, trimmed
+from .packed_policy import Packed, pack, packed_policy_step, sharing, unlike
+from .policy import (
+    IGNORED,
+    Head,
+    PolicyStep,
+    keeps_logits,
+    mark_lengths,
+    policy_step,
+    score,
+    trimmed,
+    without_idle_columns,
+)
 from .policy_loss import PER_STEP, Sampled, settings_of
 from .preferences import CompiledBody
 from .prompts import check_prompts, context_of, refuse_too_long
 from .reference import without_idle_copy
+from .replan import Replanned
 from .rewards import ON_ERROR, check_judged, checked
 from .rollouts import load_rollout, save_rollout
 from .standing import Progress
@@ -57,6 +68,8 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     Args:
         reward_errors: "raise" stops at a reward function that raises, or returns NaN or no number, and at a completion
             that all of them judge with None; "skip" warns and leaves such completions out.
+        shared_prompts: make one row of a micro-batch's completions, without padding, in which a prompt stands once for
+            all that complete it, where the model allows it; False pads them to each other.
         fast_rollouts: make completions by :func:`~unsloth.runtime.generation.engine.complete`, where the model and the
             settings allow it; False leaves them to ``generate``. TRL's ``use_vllm`` goes before.
 
@@ -78,6 +91,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         compile: bool = True,
         options: Mapping[str, Any] | None = None,
         reward_errors: str = "raise",
+        shared_prompts: bool = True,
         fast_rollouts: bool = True,
         **others: Any,
     ) -> None:
@@ -97,9 +111,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         self._step_of = self._evaluation = policy_step
-        self._score = score
+        self._step_of_row, self._score = packed_policy_step, score
         if compile:
-            self._step_of = compiled(policy_step, self.options, self._reports)
+            self._step_of_row = Replanned(packed_policy_step, self.options, self._reports, tokens=_tokens_given)
+            self._step_of = Replanned(policy_step, self.options, self._reports, tokens=_tokens_given)
             self._score = compiled(score, self.options, self._reports)
             # A few forward passes do not repay Inductor's minutes.
             self._evaluation = compiled(policy_step, replace(self.options, lowering="eager"), self._reports)
@@ -108,9 +123,11 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         if self._loss is None:
             logger.warning("this loss is TRL's, on compiled log-probabilities: only those of policy_loss are compiled")
         self._buffer: Any = None  # the micro-batches of a generation, without idle padding
+        self._generation: int | None = None  # which one the buffer holds
         self._trained: Any = 0  # tokens of the micro-batch that was trained on last
         self._context = context_of(self.model)
         self._left_to = self._engine_instead(fast_rollouts)
+        self._probed, self._pads = False, self._padded_because(shared_prompts)
         check_prompts(self, self.train_dataset, self._context)
 
     # -- completions ---------------------------------------------------------------------------------------------------
@@ -175,13 +192,19 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
+        generation, kept = self._step // (self.args.steps_per_generation * self.num_iterations), self._buffered_inputs
+        if self.model.training and kept is not None and kept is self._buffer and self._generation == generation:
+            return kept[self._step % len(kept)]  # which a step that is done again needs, and TRL would generate anew
         inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training:
+            self._smaller.settle(self._sums())  # generated once, and logged once
         if not TEXT.issuperset(inputs):
             return inputs
         if not self.model.training:
             return trimmed(inputs)
         if self._buffered_inputs is not self._buffer:
             self._buffer = self._buffered_inputs = [trimmed(part) for part in self._buffered_inputs]
+        self._generation = generation
         return self._buffer[self._step % len(self._buffer)]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
@@ -207,6 +230,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
 
     def _begin(self) -> None:
         super()._begin()
+        self._generation = None
         self._step, self._buffered_inputs = self.state.global_step * self.args.gradient_accumulation_steps, None
         if self._resumed is not None and self._rollout.is_file():
             self._buffered_inputs, controller = load_rollout(self._rollout, self.args.device)
@@ -238,7 +262,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             attention_mask.split(batch_size or len(input_ids)),
             strict=True,
         ):
-            inputs, targets = _without_idle_columns(ids, mask, logits_to_keep)
+            inputs, targets = without_idle_columns(ids, mask, logits_to_keep)
             with self.accelerator.autocast():
                 graded = compute_entropy and torch.is_grad_enabled()
                 found = outside_of_ddp(self._score, model, inputs, targets, head, graded)
@@ -253,8 +277,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         if self._loss is None or not TEXT.issuperset(inputs):
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
-        run = self._step_of if self.model.training else self._evaluation
-        step: PolicyStep = outside_of_ddp(run, model, *self._arguments(inputs))
+        step = self._policy_step(model, inputs)
         output, accumulated = step.output, self.current_gradient_accumulation_steps if mode == "train" else 1
         if self.loss_type in PER_STEP:  # what they are divided by was counted over the whole generation
             items = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
@@ -271,6 +294,38 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             self._metrics[mode]["aux_loss"].append(self._everywhere(step.balance.detach().reshape(1)).mean())
         self._note(output.metrics, output.per_completion, mode)
         return loss
+
+    def _policy_step(self, model: Any, inputs: Mapping[str, Any]) -> PolicyStep:
+        whole, targets, *others = self._arguments(inputs)
+        if (packed := self._row_of(inputs)) is not None:
+            self._planned = self._step_of_row if self._compiles else None
+            with sharing(self.accelerator.unwrap_model(self.model)):
+                return outside_of_ddp(self._step_of_row, model, packed, *others)
+        run = self._step_of if self.model.training else self._evaluation
+        self._planned = self._step_of if self._compiles else None
+        return outside_of_ddp(run, model, whole, targets, *others)
+
+    def _padded_because(self, shared_prompts: bool) -> str | None:
+        """Why completions are padded to each other before the model has been asked, or None."""
+        if not shared_prompts:
+            return "nobody wants it"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "weights are spread over processes"
+        return "tokens of a repeated prompt count in the load-balancing loss" if self.aux_loss_enabled else None
+
+    def _row_of(self, inputs: Mapping[str, Any]) -> Packed | None:
+        """A micro-batch as one row, where it has several completions and the model allows it."""
+        if not self.model.training or self._pads is not None or len(inputs["prompt_ids"]) < 2:
+            return None
+        if not self._probed:
+            self._probed, self._pads = True, unlike(self.accelerator.unwrap_model(self.model))
+            if self._pads is not None:
+                logger.warning("completions are padded to each other in a micro-batch, because %s", self._pads)
+                return None
+        packed = pack(inputs)
+        if packed is not None:
+            mark_lengths(*packed)
+        return packed
 
     def _arguments(self, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
         """Of :func:`policy_step`, for a micro-batch."""
@@ -292,7 +347,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             given.get("importance_sampling_ratio"),
         )
         targets = given["completion_ids"].masked_fill(completed == 0, IGNORED)
-        _mark_lengths(*whole.values(), targets, *sampled)
+        mark_lengths(*whole.values(), targets, *sampled)
         return whole, targets, self._head._replace(balance=self.aux_loss_enabled), sampled, self._loss
 
     def _tokens_of(self, inputs: Any) -> Any:
@@ -300,6 +355,20 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
 
     def _whole_because(self) -> str:
         return "completions were generated, and are counted, for micro-batches of this size"
+
+    def _spare(self) -> bool:
+        """Plan again where the step's earlier micro-batches can be done again, with the completions that they had."""
+        generated = self.args.steps_per_generation * self.num_iterations
+        held = self._done == 0 or generated % self.args.gradient_accumulation_steps == 0
+        held = held and self._buffered_inputs is self._buffer  # which no batch with images has
+        return held and not self.use_adaptive_entropy and super()._spare()
+
+    def _start_again(self) -> Iterator[Any]:
+        here = self._step
+        for number, batch in enumerate(super()._start_again()):
+            self._step = here - self._done + number
+            yield batch
+        self._step = here
 
     # -- what is logged, and what follows the entropy ------------------------------------------------------------------
 
@@ -349,25 +418,9 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         super().log(logs, *args, **kwargs)
 
 
+def _tokens_given(model: Any, inputs: Packed | Mapping[str, Tensor], *others: Any) -> int:
+    return (inputs.row[0] if isinstance(inputs, Packed) else inputs["input_ids"]).numel()
+
+
 def _column(advantages: Tensor) -> Tensor:
     return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-
-
-def _mark_lengths(*tensors: Any) -> None:
-    """Lengths vary from batch to batch: one graph shall serve all of them."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] > 1:
-            with contextlib.suppress(AttributeError):
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-
-
-def _without_idle_columns(ids: Tensor, mask: Tensor, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and targets of rows that were padded to a common length with others, at both sides."""
-    used = mask.any(0).nonzero().flatten()[[0, -1]].tolist() if bool(mask.any()) else [0, ids.shape[1] - 1]
-    prompt = ids.shape[1] - tokens
-    first, end = min(used[0], prompt - 1), max(used[1] + 1, prompt + 1)
-    ids, mask = ids[:, first:end].contiguous(), mask[:, first:end].contiguous()
-    targets = ids.masked_fill(mask == 0, IGNORED)[:, prompt - first :].contiguous()
-    inputs = {"input_ids": ids} if len(ids) == 1 else {"input_ids": ids, "attention_mask": mask}
-    _mark_lengths(*inputs.values(), targets)
-    return inputs, targets

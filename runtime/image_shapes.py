@@ -79,7 +79,7 @@ class ImageShapes:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         inner = getattr(model, "model", None)
-        self.owner = inner if hasattr(inner, "get_image_features") else model
+        self.owner: Any = inner if hasattr(inner, "get_image_features") else model
         self.tower: Any = getattr(getattr(model, "config", None), "vision_config", None)
         self.checked = self.called = False
         self.outside = True

@@ -185,8 +185,7 @@ def plan(
 
 def _smallest(deep: Deep, host: int) -> int:
     """Peak bytes of the smallest plan."""
-    other = deep.offloading(host)
-    return min(d.smallest[0].peak_bytes for d in (deep, other) if d is not None)
+    return fastest_within(deep, 0, host)[0].peak_bytes
 
 
 def _config(name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -133,3 +133,23 @@ def trimmed(batch: Mapping[str, Any]) -> dict[str, Any]:
         else:
             cut[name] = value
     return cut
+
+
+def mark_lengths(*tensors: Any) -> None:
+    """Lengths vary from batch to batch: one graph shall serve all of them."""
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] > 1:
+            with suppress(AttributeError):
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+
+
+def without_idle_columns(ids: Tensor, mask: Tensor, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs and targets of rows that were padded to a common length with others, at both sides."""
+    used = mask.any(0).nonzero().flatten()[[0, -1]].tolist() if bool(mask.any()) else [0, ids.shape[1] - 1]
+    prompt = ids.shape[1] - tokens
+    first, end = min(used[0], prompt - 1), max(used[1] + 1, prompt + 1)
+    ids, mask = ids[:, first:end].contiguous(), mask[:, first:end].contiguous()
+    targets = ids.masked_fill(mask == 0, IGNORED)[:, prompt - first :].contiguous()
+    inputs = {"input_ids": ids} if len(ids) == 1 else {"input_ids": ids, "attention_mask": mask}
+    mark_lengths(*inputs.values(), targets)
+    return inputs, targets

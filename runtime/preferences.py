@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import trl
 from datasets import Dataset
 
@@ -21,12 +20,13 @@ from ..compiler.backend import compile_graph
 from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
-from .finite import TrainingError
+from ..kernels import offload
 from .learning_rates import LearningRates
 from .lengths import token_counts
 from .neftune import Neftune
 from .pace import Pace
 from .reference import without_idle_copy
+from .replan import Replanned
 from .smaller_pairs import INSEPARABLE, SmallerPairs
 from .sturdy import Sturdy
 from .trainer import CHECKPOINTING, Truncated, leave_recomputation_to_the_planner
@@ -85,32 +85,36 @@ class CompiledBody(Neftune, LearningRates, _Base):
         self.pace = Pace()
         self._smaller = SmallerPairs()
         self._done = 0  # micro-batches of this step
+        self._planned: Replanned | None = None
         if compile:
-            for each in (self.model, getattr(self, "ref_model", None)):
-                if each is not None:
-                    self._compile(each)
+            self._compile(self.model, trained=True)
+            if getattr(self, "ref_model", None) is not None:
+                self._compile(self.ref_model, trained=False)
 
-    def _compile(self, model: Any) -> None:
-        def backend(graph: Any, inputs: Any) -> Any:
-            return compile_graph(graph, inputs, self.options, observe=self._reports.append)
-
+    def _compile(self, model: Any, *, trained: bool) -> None:
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-        whole.get_decoder().compile(backend=backend)
+        body = whole.get_decoder()
+        if not trained:
+            observe = self._reports.append
+            body.compile(backend=lambda graph, inputs: compile_graph(graph, inputs, self.options, observe=observe))
+            return
+        # As Module.compile would, but so that it can be planned again.
+        self._planned = Replanned(body._call_impl, self.options, self._reports, tokens=_tokens_given)
+        body._compiled_call_impl = self._planned
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         started, graphs = time.perf_counter(), len(self._reports)
         step = super().training_step
         self._counted = getattr(self, "_total_train_tokens", 0)
-        if self._whole_because():
-            loss = self._whole_step(step, model, inputs, num_items_in_batch)
-        else:
-            loss = self._smaller.run(
-                lambda part, items: step(model, part, items),
-                inputs,
-                num_items_in_batch,
-                self._sums(),
-                self._start_again,
-            )
+        loss = self._smaller.run(
+            lambda part, items: step(model, part, items),
+            inputs,
+            num_items_in_batch,
+            self._sums(),
+            self._start_again,
+            self._spare,
+            self._whole_because(),
+        )
         self._done += 1
         self.pace.after_step(self._tokens_of(inputs), started if len(self._reports) > graphs else None)
         return loss
@@ -119,15 +123,10 @@ class CompiledBody(Neftune, LearningRates, _Base):
         """Real (not padding) tokens of a micro-batch that has been trained on."""
         return sum(value.sum() for name, value in inputs.items() if name.endswith("attention_mask"))
 
-    def _whole_step(self, step: Any, *arguments: Any) -> Any:
-        try:
-            return step(*arguments)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory: {str(error).splitlines()[0]}. The micro-batch is not made smaller by itself, because "
-                f"{self._whole_because()}. A smaller per_device_train_batch_size with as much more "
-                "gradient_accumulation_steps, a smaller max_length, or load_in_4bit, needs less"
-            ) from None
+    def _spare(self) -> bool:
+        """Whether a plan for less memory takes the place of the one that was too large."""
+        offload.forget()
+        return self._planned is not None and self.args.world_size == 1 and self._planned.for_less()
 
     def _whole_because(self) -> str:
         """Why micro-batches cannot be halved; empty where they can."""
@@ -169,6 +168,12 @@ class CompiledBody(Neftune, LearningRates, _Base):
     def explanation(self) -> Explanation:
         """What the compiler has recognised in the graphs compiled so far."""
         return Explanation(describe(self.model), list(self._reports))
+
+
+def _tokens_given(*arguments: Any, **named: Any) -> int:
+    """Tokens of a batch that a model's body is given, as numbers or as embeddings, padding included."""
+    given = next(named[name] for name in ("input_ids", "inputs_embeds") if named.get(name) is not None)
+    return given.shape[0] * given.shape[1]
 
 
 class DPOTrainer(Sturdy, CompiledBody, trl.DPOTrainer):

@@ -60,8 +60,9 @@ class Replanned:
         self._since = len(reports)  # reports of earlier plans, which no graph runs by any more
         self._run = compiled(function, options, reports)
 
-    def __call__(self, *arguments: Any) -> Any:
-        limit, tokens = self.limit, self.tokens(*arguments)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        limit = self.limit if torch.is_grad_enabled() else 0  # without gradients nothing was planned
+        tokens = self.tokens(*arguments, **named) if limit else 0
         if limit and tokens > limit and self.grown < REPLANS and not self._is_made_for(tokens):
             self.grown += 1
             logger.warning(
@@ -69,7 +70,7 @@ class Replanned:
                 *(f"{tokens:,}", f"{limit:,}"),
             )
             self._again(self.options)
-        return self._run(*arguments)
+        return self._run(*arguments, **named)
 
     @property
     def limit(self) -> int:

@@ -113,6 +113,20 @@ class Rows:
             yield part, part["input_ids"].numel() / batch["input_ids"].numel()
 
 
+class Whole(Rows):
+    """Batches that are not cut.
+
+    Args:
+        because: why not.
+    """
+
+    def __init__(self, because: str) -> None:
+        self.because = because
+
+    def shape(self, batch: Any) -> tuple[int, int]:
+        return 0, 0  # which no batch exceeds: nobody is asked
+
+
 class SmallerBatches:
     """Runs micro-batches whole or, once memory was short, in parts.
 
@@ -211,6 +225,12 @@ class SmallerBatches:
         return torch.stack(losses).sum()
 
     def _halve(self, batch: dict[str, Any], reason: str) -> None:
+        if isinstance(self.rows, Whole):
+            raise TrainingError(
+                f"out of memory: {reason}. The micro-batch is not made smaller by itself, because {self.rows.because}. "
+                "A smaller per_device_train_batch_size with as much more gradient_accumulation_steps, a smaller "
+                "max_length, or load_in_4bit, needs less"
+            )
         _, length = self.rows.shape(batch)
         kind, all_of_them = self.rows.kind(batch)
         one = "pair" if kind == "pairs" else "row"

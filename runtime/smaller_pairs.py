@@ -6,12 +6,12 @@ over tokens (ORPO's likelihood of the chosen answers; entropy and accuracy in DP
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .smaller import Rows, SmallerBatches
+from .smaller import Rows, SmallerBatches, Whole
 
 INSEPARABLE = {
     "aot": "it sorts the pairs of a micro-batch",
@@ -87,6 +87,7 @@ class SmallerPairs:
         self.batches = SmallerBatches(rows=Pairs())
         self.share = self.token_share = 1.0
         self._tokens = 1  # of the chosen answers in the running micro-batch, once there are parts
+        self._known: dict[str, int] = {}  # entries of the trainer's metrics before the running micro-batch
 
     def run(
         self,
@@ -95,6 +96,8 @@ class SmallerPairs:
         items: Any,
         sums: dict[str, list[float]],
         start_again: Any,
+        spare: Callable[[], bool] = lambda: False,
+        whole: str = "",
     ) -> Tensor:
         """Forward and backward of one micro-batch.
 
@@ -103,9 +106,11 @@ class SmallerPairs:
             batch: as TRL's collators make it.
             items: handed to ``step``.
             sums: the trainer's metrics of training, by name; every forward pass appends to them.
-            start_again: as :meth:`SmallerBatches.run` takes it.
+            start_again, spare: as :meth:`SmallerBatches.run` takes them.
+            whole: why the micro-batch cannot be cut; empty where it can.
         """
-        known = {name: len(values) for name, values in sums.items()}
+        self.batches.rows = Whole(whole) if whole else Pairs()
+        self.settle(sums)
         weights: list[tuple[float, TokenCounts]] = []
 
         def run(part: dict[str, Any], items: Any, share: float) -> Tensor:
@@ -119,18 +124,22 @@ class SmallerPairs:
             for earlier in start_again():
                 self._count(earlier)
                 yield earlier
-            _forget(sums, known)
+            _forget(sums, self._known)
             weights.clear()
             self._count(batch)
 
         self._count(batch)
         try:
-            loss = self.batches.run(run, batch, items, again)
+            loss = self.batches.run(run, batch, items, again, spare)
         finally:
             self.share = self.token_share = 1.0
         if len(weights) > 1:
-            _merge(sums, known, weights)
+            _merge(sums, self._known, weights)
         return loss
+
+    def settle(self, sums: dict[str, list[float]]) -> None:
+        """What the metrics hold now stays when the running micro-batch is done again."""
+        self._known = {name: len(values) for name, values in sums.items()}
 
     def _count(self, batch: dict[str, Any]) -> None:
         """Counting waits for the device, so it is done only for what may be cut: not before memory was short."""

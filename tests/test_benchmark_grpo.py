@@ -9,21 +9,24 @@ import pytest
 from benchmarks import grpo, step
 
 TINY = ["--shape", "tiny-llama", "--mode", "lora", "--generations", "4", "--micro", "2", "--prompt", "5"]
-TINY += ["--completion", "9", "--device", "cpu", "--steps", "1", "--warmup", "0", "--beta", "0.1"]
+TINY += ["--completion", "9", "--device", "cpu", "--steps", "1", "--warmup", "1", "--beta", "0.1"]
 
 
 def test_rows_are_equal_in_loss(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    grpo.main([*TINY, "--out", str(path), "--systems", "ours:lowering=eager,trl"])
+    grpo.main(
+        [*TINY, "--out", str(path), "--systems", "ours:lowering=eager,ours:lowering=eager:shared_prompts=false,trl"]
+    )
     rows = step.read(path)
-    assert [row.get("error") for row in rows] == [None, None], rows
-    assert [row["system"] for row in rows] == ["ours", "trl"]
+    assert [row.get("error") for row in rows] == [None] * 3, rows
+    assert [row["system"] for row in rows] == ["ours", "ours", "trl"]
     for row in rows:
         assert row["tokens_per_s"] > 0 and row["command"].startswith("python -m benchmarks.grpo")
     ours, theirs = rows
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    assert grpo.table(rows).count("→") == 2
+    assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-4)
+    assert ours["graphs"] == 1 and not ours["fallbacks"] and "graphs" not in theirs
+    assert grpo.table(rows).count("→") == 4
 
 
 def test_what_cannot_be_measured_is_said_at_once() -> None:
@@ -31,3 +34,5 @@ def test_what_cannot_be_measured_is_said_at_once() -> None:
         grpo.main(["--systems", "hf"])
     with pytest.raises(SystemExit, match="no multiple"):
         grpo.main(["--generations", "8", "--micro", "3"])
+    with pytest.raises(SystemExit, match="has to be at least 1"):
+        grpo.main(["--warmup", "0"])

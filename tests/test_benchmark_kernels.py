@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import kernels
-from benchmarks.kernel_cases import CASES, SIZES, Case, Size
+from benchmarks.kernel_cases import SIZES, Case, Size
+from benchmarks.more_kernel_cases import CASES
 
 TINY = Size(64, 128, 4, 2, 16, vocabulary=96, sequences=((2, 8), (1, 32)), device="cpu")
 CARD = {"copy TB/s": 3.0, "square product TFLOP/s": 700.0}
@@ -128,7 +129,9 @@ def test_real_shapes_are_those_of_the_targets() -> None:
     assert shapes["linear_cross_entropy"] == ["4096×4096×128256"] * 2
     assert next(CASES["nf4_dequantize"](SIZES["70b"])).shape == "8192×28672"
     names = {case.name for case in ALL}
-    assert {name for name, _ in kernels.TARGETS} == names
+    without = {"capped_attention", "masked_attention", "packed_attention", "sink_attention", "paged_attention"}
+    without |= {"lora_up_backward_3", "lora_down_backward_1", "glu_lora_backward", "token_cross_entropy"}
+    assert {name for name, _ in kernels.TARGETS} | without == names and len(names) == len(without) + 10
 
 
 def judge(operator: str, direction: str, size: str = "8b", **figures: Any) -> Any:

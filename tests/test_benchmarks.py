@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from benchmarks import step, suites, table, vision_shapes, worker
+from benchmarks import profiled, step, suites, table, vision_shapes, worker
 from unsloth.models.parts import places
 from unsloth.models.presets import SHAPES
 
@@ -42,6 +42,17 @@ def test_rows_are_measured_resumed_and_equal_in_loss(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(step, "measure", never)
     assert run(path, "hf,ours:lowering=eager:logits=drop") == rows
+
+
+def test_systems_are_checked_against_float32(tmp_path: Path) -> None:
+    rows = run(tmp_path / "rows.json", "float32,hf")
+    assert [r.get("error") for r in rows] == [None, None], rows
+    assert step.deviations(rows) == [] and step.deviations(rows[1:]) == []
+    losses, norm = rows[1]["losses"], rows[1]["first_grad_norm"]
+    wrong = {**rows[1], "losses": [losses[0] * 1.002, *losses[1:]], "first_grad_norm": float("nan")}
+    loss, gradient = step.deviations([rows[0], wrong])
+    assert loss.startswith("hf: loss of the first step") and gradient.startswith("hf: grad_norm")
+    assert step.deviations([rows[0], {**rows[1], "first_grad_norm": norm * 1.03}]) != []
 
 
 @pytest.mark.parametrize("shape", ["tiny-qwen2.5-vl", "tiny-llama-vision"])
@@ -154,6 +165,19 @@ def test_the_readme_shows_the_committed_results() -> None:
         table.updated("nothing", "")
 
 
+def test_ratios_compare_like_with_like() -> None:
+    def row(system: str, speed: float, memory: float, **work: Any) -> dict[str, Any]:
+        workload = {"shape": "s", "mode": "lora", "batch": 1, "seq": 8, "checkpointing": "none", "options": {}} | work
+        made = {"system": system, "workload": workload, "device": "card"}
+        return made | {"tokens_per_s": speed, "peak_allocated_gib": memory}
+
+    rows = [row("ours", 1200, 9), row("recorded", 1500, 9), row("hf", 500, 30), row("liger", 1000, 10)]
+    rows += [row("ours", 900, 4, options={"memory_budget": "4GiB"}), row("hf", 600, 5, checkpointing="hf")]
+    _, _, free, saved = table.ratios([rows]).splitlines()
+    assert free == "| s lora, 1×8 tokens, card | 1,500 | liger | 1.50 × | 0.90 × |"
+    assert saved == "| s lora, 1×8 tokens, memory saved, card | 900 | hf:checkpointing=hf | 1.50 × | 0.80 × |"
+
+
 def test_systems_at_one_time_are_timed_alone(tmp_path: Path) -> None:
     rows = run(tmp_path / "rows.json", "hf,ours:lowering=eager", "--parallel", "2")
     assert [r.get("error") for r in rows] == [None] * 2, rows
@@ -177,6 +201,22 @@ def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: p
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_profile_is_split_by_what_kernels_compute() -> None:
+    kernels = [
+        ("nvjet_tst_128x256_64x4_TNT", 0, 400),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16", 500, 700),
+        ("_descriptor_kernel", 650, 750),  # beside the one before
+        ("_glu_forward_kernel", 750, 800),
+    ]
+    parts = profiled.split(profiled.Kernel(name, start, end) for name, start, end in kernels)
+    times = {"products_ms": 0.5, "attention_ms": 0.2, "rest_ms": 0.05, "idle_ms": 0.1, "span_ms": 0.8}
+    assert parts == pytest.approx({**times, "kernels": 4})
+    row = {"system": "ours", "workload": {"options": {}, "checkpointing": "none"}, "tokens_per_s": 1.0, "losses": [1.0]}
+    row |= {"ms_median": 1.0, "first_step_s": 1.0, "peak_allocated_gib": None, "peak_reserved_gib": None}
+    text = step.table([row | {"profile": parts, "floor": {"products_ms": 0.4, "attention_ms": 0.1}}])
+    assert "0.8 ms in 4 kernels: products 0.5 (floor 0.4), attention 0.2 (floor 0.1), rest 0.1, idle 0.1" in text
 
 
 def _state(pid: int) -> str:

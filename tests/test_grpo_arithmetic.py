@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,4 +47,12 @@ def test_its_way_in_two_steps(tmp_path: Path) -> None:
     training, held_out = example.train(build("tiny-llama"), byte_tokenizer(), tmp_path, given)
     assert list(training) == [1, 2] and list(held_out) == [0, 1, 2]
     assert all(0 <= reward <= 1 for reward in (*training.values(), *held_out.values()))
-    assert example.plot(training, held_out, tmp_path / "out" / "reward.png").read_bytes().startswith(b"\x89PNG")
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        facts = {"seed": seed, "training": training, "held_out": held_out}
+        (folder / "reward.json").write_text(json.dumps(facts))
+    picture = example.draw_together([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "out" / "rewards.json").read_text())["runs"]
+    assert [run["seed"] for run in runs] == [0, 1] and runs[0]["held_out"]["2"] == held_out[2]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ...kernels.logit_chunks import chunk_rows, padded_width
 from ...kernels.operator import NAMESPACE
+from ...kernels.thin_products import up_workspace
 from .joint import hint, is_free, is_view, maker, unpacks
 
 LAUNCH_SECONDS = 3e-6
@@ -140,6 +141,13 @@ class Sizes:
         packed = [n for n in operation.all_input_nodes if unpacks(n.target) and all(map(is_free, n.all_input_nodes))]
         return own + sum(self._price(n)[0] for n in packed)
 
+    def flops(self, node: fx.Node) -> float:
+        """Floating-point operations of a call."""
+        given = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+        args, kwargs = pytree.tree_map_only((Tensor, torch.SymInt), self._concrete, given)
+        results = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        return _flops(node.target, args, kwargs, [self._concrete(r) for r in results])
+
     def workspace(self, node: fx.Node) -> int:
         """Bytes that the operator behind a value holds while it runs, beside what it reads and returns."""
         operation = maker(node)
@@ -215,17 +223,17 @@ def _workspace(target: Any, args: Any, read: list[Tensor], written: list[Tensor]
     return int(rule(args, read, written)) if rule is not None else 0
 
 
-def _of_chunks(hidden: Tensor, weight: Tensor) -> float:
+def _of_chunks(hidden: Tensor, weight: Tensor, summed: bool = False) -> float:
     """A chunk of logits, and what it is reduced to."""
     rows = hidden.numel() // max(hidden.shape[-1], 1)
-    step = chunk_rows(rows, weight.shape[0], hidden.element_size())
+    step = chunk_rows(rows, weight.shape[0], hidden.element_size(), weight.shape[1] if summed else 0)
     return step * padded_width(weight.shape[0]) * hidden.element_size() + 4 * rows
 
 
 def _of_loss(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
     """The chunk, and where the head is trained the float32 sum of its gradient."""
     hidden, weight, wants = args[0], args[1], args[-1]
-    return _of_chunks(hidden, weight) + (4 * weight.numel() if wants[1] else 0)
+    return _of_chunks(hidden, weight, wants[1]) + (4 * weight.numel() if wants[1] else 0)
 
 
 def _of_token_losses(args: Any, read: list[Tensor], written: list[Tensor]) -> float:
@@ -248,7 +256,32 @@ def _of_attention_backward(args: Any, read: list[Tensor], written: list[Tensor])
     return 4 * q.numel() + per_head + statistics
 
 
+def _of_up_gradients(dys: Any, Bs: Any) -> int:
+    """What the gradients that B passes on are in float32, for each block of a large matrix' columns."""
+    half = dys[0].dtype in (torch.bfloat16, torch.float16)
+    rows = dys[0].numel() // max(dys[0].shape[-1], 1)
+    return up_workspace(rows, [dy.shape[-1] for dy in dys], [B.shape[1] for B in Bs]) if half else 0
+
+
+def _of_up_backward(args: Any, read: list[Tensor], written: list[Tensor]) -> int:
+    count = (len(args) - 1) // 3
+    return _of_up_gradients(args[:count], args[count + 1 : 2 * count + 1])
+
+
+def _of_lora_backward(args: Any, read: list[Tensor], written: list[Tensor]) -> int:
+    return _of_up_gradients(args[:1], [args[5]]) if args[-1][-1] else 0
+
+
+def _of_loras_backward(args: Any, read: list[Tensor], written: list[Tensor]) -> int:
+    """Of a gradient per layer, x, A, a weight and a B per layer, xa, a scale per layer, and what is wanted."""
+    count = (len(args) - 4) // 4
+    return _of_up_gradients(args[:count], args[2 * count + 2 : 3 * count + 2]) if all(args[-1][-count:]) else 0
+
+
 _WORKSPACES = {
+    **{f"lora_up_backward_{count}": _of_up_backward for count in (1, 2, 3)},
+    "lora_linear_backward": _of_lora_backward,
+    **{f"lora_linears_{count}_backward": _of_loras_backward for count in (2, 3)},
     "linear_cross_entropy": _of_loss,
     "token_cross_entropy": _of_token_losses,
     "token_cross_entropy_backward": _of_token_losses_backward,

@@ -101,6 +101,16 @@ def layers(joint: Joint) -> dict[fx.Node, tuple[str, int]]:
     return layer
 
 
+def tokens(joint: Joint) -> tuple[int | torch.SymInt, int | torch.SymInt] | None:
+    """Sequences and tokens in each: of an integer input [batch, length]; None where there is none."""
+    for node in joint.forward:
+        if node.op == "placeholder" and is_value(node):
+            value = node.meta["val"]
+            if not value.dtype.is_floating_point and value.dim() == 2 and value.dtype.itemsize == 8:
+                return value.shape[0], value.shape[1]
+    return None
+
+
 # -- what a node is ----------------------------------------------------------------------------------------------------
 
 

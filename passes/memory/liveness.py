@@ -8,8 +8,9 @@ elementwise operator overwrites an input of its result's size that nobody reads 
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .costs import LIBRARY_WORKSPACE, Sizes
-from .joint import MOVERS, Joint, base, is_free, is_value, is_view, maker, unpacks
+from .joint import MOVERS, Joint, base, is_free, is_value, is_view, layers, maker, tokens, unpacks
+from .slices import Slicing, Stretch
 
 MOMENTS = 2
 """Tensors per trained one that the optimiser holds: AdamW's two moments, in the parameter's dtype."""
@@ -94,6 +96,47 @@ class Timeline:
         }
 
 
+@dataclass(frozen=True)
+class _Together:
+    """A stretch that runs on a few tokens at a time, and the bytes that it holds meanwhile."""
+
+    stretch: Stretch
+    workspace: int
+
+    @classmethod
+    def of(cls, stretch: Stretch, share: float) -> _Together:
+        return cls(stretch, stretch.whole + int(stretch.most * share))
+
+
+def _collapsed(
+    order: list[fx.Node], together: Sequence[_Together], reads: Mapping[fx.Node, Sequence[fx.Node]]
+) -> list[fx.Node]:
+    """The order with each stretch as its last operator, as soon as it may start; what reads of it waits for that."""
+    if not together:
+        return order
+    unit = {op: t.stretch.last for t in together for op in t.stretch.operations}
+    sources = {t.stretch.last: t.stretch.reads for t in together}
+    there, done = set(order), set()
+    waiting: list[fx.Node] = []
+    found: list[fx.Node] = []
+    for operation in order:
+        head = unit.get(operation, operation)
+        if head in done or head in waiting:
+            continue
+        waiting.append(head)
+        moved = True
+        while moved:
+            moved = False
+            for op in list(waiting):
+                makers = (maker(v) for v in sources.get(op, reads[op]))
+                if all(unit.get(m, m) in done for m in makers if m in there):
+                    found.append(op)
+                    done.add(op)
+                    waiting.remove(op)
+                    moved = True
+    return found
+
+
 @dataclass
 class _Walk:
     names: list[str] = field(default_factory=list)
@@ -154,25 +197,41 @@ class Liveness:
         library = LIBRARY_WORKSPACE if on_gpu else 0
         return Standing(sum(bytes_of.values()) - learned, learned, int(self.moments * learned), library)
 
-    def timeline(self, kept: Iterable[fx.Node], away: Iterable[fx.Node] = ()) -> Timeline:
+    def timeline(self, kept: Iterable[fx.Node], away: Iterable[fx.Node] = (), rows: int = 0) -> Timeline:
         """The timeline of a step that keeps those values, some of them away in host memory until they are read.
 
         What is away stays until the next one leaves, and comes back one at a time, each while backward works with the
         one before.
+
+        Args:
+            rows: how many tokens the stretches of ``slicing`` are run on at a time; 0 for all.
         """
         kept, away = {root(n) for n in kept}, {root(n) for n in away}
         walk = _Walk()
-        forward = self._forward_order(kept)
+        forward, backward = self._forward_order(kept), self._backward_order(kept)
         made = {n for op in forward for n in self.writes[op]}
         leaving = sorted(away & made, key=self.order.__getitem__)
-        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving)
+        self.last_stretches = ([], [])
+        if rows and self.slicing is not None:
+            self.last_stretches = (
+                self.slicing.forward(forward, kept | self.results), self.slicing.backward(backward, self.gradients)
+            )  # fmt: skip
+        together = [_Together.of(s, self.slicing.share(rows)) for s in self.last_stretches[0]] if self.slicing else []
+        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving, together=together)
         turn = len(walk.names)
         tangents = {n for n in self.size if n.op == "placeholder" and n not in self.joint.forward_set}
-        self._walk(
-            walk, self._backward_order(kept), (kept - away) | tangents | {*leaving[-1:]}, self.gradients, kept, away
-        )
+        there = (kept - away) | tangents | {*leaving[-1:]}
+        together = [_Together.of(s, self.slicing.share(rows)) for s in self.last_stretches[1]] if self.slicing else []
+        self._walk(walk, backward, there, self.gradients, kept, away, together=together)
         self.last_walk, self.last_turn = walk, turn
         return Timeline(self.standing, walk.names, turn, walk.kept, walk.gradients, walk.working)
+
+    @functools.cached_property
+    def slicing(self) -> Slicing | None:
+        """What finds stretches that can be run on a few tokens at a time; None where there are no tokens."""
+        if (shape := tokens(self.joint)) is None:
+            return None
+        return Slicing(self.joint, shape, layers(self.joint), self.reads, self.writes, self.size, self.sizes)
 
     def again(self) -> list[fx.Node]:
         """The operators of forward that backward ran again in the last timeline."""
@@ -218,9 +277,12 @@ class Liveness:
         kept: set[fx.Node],
         away: Collection[fx.Node] = (),
         leaving: Sequence[fx.Node] = (),
+        together: Sequence[_Together] = (),
     ) -> None:
+        whole = {t.stretch.last: t for t in together}
+        order = _collapsed(order, together, self.reads)
         unpacked = {op for op in order if unpacks(op.target) and all(map(is_free, op.all_input_nodes))}
-        sources = self._sources([op for op in order if op not in unpacked], held | {*leaving})
+        sources = self._sources([op for op in order if op not in unpacked], held | {*leaving}, whole)
         last = {s: i for i, op in enumerate(order) if op in sources for s in sources[op]}
         place = {op: i for i, op in enumerate(order)}
         leave: dict[int, list[fx.Node]] = defaultdict(list)
@@ -248,14 +310,21 @@ class Liveness:
             weights = sum(self.size[s] for s in read if maker(s) in unpacked)
             dying = [s for s in read if last[s] == i and s in alive and s not in held]
             gone = [s for s in leave[i] if s in alive and s not in read]
-            new = [n for n in self.writes[operation] if n not in alive]
-            made = self.made[operation]
-            grown = live + made - self._overwrites(operation, made, dying) + weights + self.sizes.workspace(operation)
-            walk.names.append(operation.name)
-            walk.operations.append(operation)
-            walk.kept.append(kept_bytes)
-            walk.gradients.append(finished)
-            walk.working.append(grown - kept_bytes - finished)
+            if (stretch := whole.get(operation)) is None:
+                members, writes, made = [operation], self.writes[operation], self.made[operation]
+                workspace = self.sizes.workspace(operation) - self._overwrites(operation, made, dying)
+            else:
+                members, writes, workspace = stretch.stretch.operations, stretch.stretch.writes, stretch.workspace
+                made = sum(self.size[n] for n in writes)
+            new = [n for n in writes if n not in alive]
+            grown = live + made + weights + workspace
+            for member in members:
+                if member not in unpacked:
+                    walk.names.append(member.name)
+                    walk.operations.append(member)
+                    walk.kept.append(kept_bytes)
+                    walk.gradients.append(finished)
+                    walk.working.append(grown - kept_bytes - finished)
             wanted = [n for n in new if n in last or n in held]  # outputs that nobody wants go at once
             live += sum(self.size[n] for n in wanted)
             alive.update(wanted)
@@ -290,21 +359,25 @@ class Liveness:
             return made
         return 0
 
-    def _sources(self, order: list[fx.Node], held: set[fx.Node]) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    def _sources(
+        self, order: list[fx.Node], held: set[fx.Node], whole: Mapping[fx.Node, _Together]
+    ) -> dict[fx.Node, tuple[fx.Node, ...]]:
         """What each operator reads from memory, fused operators' inputs followed to where they lie; those left out."""
+        reads = {op: whole[op].stretch.reads if op in whole else self.reads[op] for op in order}
         if not self.fused:
-            return {op: self.reads[op] for op in order}
+            return reads
         readers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for op in order:
-            for s in self.reads[op]:
+            for s in reads[op]:
                 readers[s].append(op)
         virtual: dict[fx.Node, tuple[fx.Node, ...]] = {}
         found: dict[fx.Node, tuple[fx.Node, ...]] = {}
         for op in order:
-            read = tuple(dict.fromkeys(t for s in self.reads[op] for t in virtual.get(s, (s,))))
+            read = tuple(dict.fromkeys(t for s in reads[op] for t in virtual.get(s, (s,))))
             results = self.writes[op]
-            passed = _is_elementwise(op) and not any(n in held for n in results)
-            if passed and all(readers[n] and all(map(_fuses, readers[n])) for n in results):
+            passed = op not in whole and _is_elementwise(op) and not any(n in held for n in results)
+            fused = [r for n in results for r in readers[n]]
+            if passed and all(readers[n] for n in results) and all(_fuses(r) and r not in whole for r in fused):
                 virtual.update(dict.fromkeys(results, read))
             else:
                 found[op] = read

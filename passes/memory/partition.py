@@ -19,13 +19,15 @@ from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
-from .joint import Joint, hint, read_joint
+from .joint import Joint, hint, read_joint, tokens
 from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
 from .planner import Planner, fastest_within
 from .schedule import by_way_of_host, unpack_where_used
-from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens, tokens_within
+from .sliced import run_in_slices
+from .slices import Slicing
+from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens_within
 
 RESERVE = 0.05
 """Share of the free memory that is left free where no budget was given: for what no formula knows."""
@@ -37,7 +39,7 @@ class Partitioner(CustomPartitionerFn):
     Inductor runs its joint-graph passes first, so dropout arrives here as a function of its seed. Keeping and
     recomputing give the same numbers where recomputed values round like kept ones, which the backend arranges by
     Inductor's ``emulate_precision_casts``. A graph that comes out of Inductor's cache was planned in an earlier
-    process: ``last_plan`` then stays None.
+    process: ``last_plan`` is then what that one wrote down (remembered.py), or None.
 
     Attributes:
         last_plan, last_timeline: what was decided, and the step's memory under it; None before.
@@ -51,15 +53,23 @@ class Partitioner(CustomPartitionerFn):
             device, and none elsewhere.
         strict: raise where planning fails, and where no plan is within the budget (:class:`BudgetError`), instead of
             going on with PyTorch's partition or the smallest plan, and a warning.
+        sizes: the numbers that symbolic sizes have in the batch that is planned for. A graph of another process that
+            was planned for other numbers is not taken for this one.
     """
 
     def __init__(
-        self, budget: int | None = None, policy: str = "auto", *, strict: bool = False, host: int | None = None
+        self,
+        budget: int | None = None,
+        policy: str = "auto",
+        *,
+        strict: bool = False,
+        host: int | None = None,
+        sizes: str = "",
     ) -> None:
         if policy not in ("auto", "keep", "recompute"):
             raise ValueError(f"policy cannot be {policy!r}; it is 'auto', 'keep' or 'recompute'")
         self.policy, self.strict = policy, strict
-        self.budget = budget
+        self.budget, self.sizes = budget, sizes
         # Resolved now and rounded, because a cached graph must not outlive the budget it was planned for.
         self.free = _free_bytes() if budget is None else None
         self.host = _host_bytes() if host is None else host
@@ -67,6 +77,7 @@ class Partitioner(CustomPartitionerFn):
         self.last_plan: Plan | None = None
         self.last_timeline: Timeline | None = None
         self.last_floor = 0
+        self.slicing: Slicing | None = None
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -95,7 +106,9 @@ class Partitioner(CustomPartitionerFn):
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
         saved = inputs + [n for n in joint.forward if n.name in kept]
         halves = torch_private.extract(gm, saved, symbols, num_fwd_outputs, long_lived)
-        for half in halves:
+        for half, stretches in zip(halves, plan.stretches, strict=True):
+            if stretches and self.slicing is not None and run_in_slices(half.graph, stretches, self.slicing, plan.rows):
+                half.recompile()
             if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         if plan.offloaded:
@@ -117,15 +130,19 @@ class Partitioner(CustomPartitionerFn):
             )
             found = (self._with_reason(found[0], planner, allowed), found[1])
             if found[0].peak_bytes > allowed and self.budget:
-                self._refuse(below_floor(allowed, found[1], sequence_length(joint)))
+                self._refuse(below_floor(allowed, found[1], sequence_length(joint), planner.why_not_sliced()))
         plan, self.last_timeline = _with_guard(found, joint, allowed)
-        if plan.policy == "keep" and not plan.offloaded:  # which is the common case, and needs no look at the layers
+        self.slicing = planner.liveness.slicing if plan.rows else None
+        if (
+            plan.policy == "keep" and not plan.offloaded and not plan.rows
+        ):  # which is the common case, and needs no look at the layers
             return replace(plan, words="everything that backward wants is kept")
         if plan.note and self.told_host:
             warnings.warn(f"unsloth: {plan.note}", CompilerWarning, stacklevel=2)
         kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
         gone = [i for i, layer in enumerate(planner.layers) if any(n in away for n in layer.values)]
-        return replace(plan, words=in_words(planner.layers, [kept] * len(planner.layers), gone))
+        told = in_words(planner.layers, [kept] * len(planner.layers), gone), planner.in_slices(plan)
+        return replace(plan, words="; ".join(filter(None, told)))
 
     def allowed(self, planner: Planner) -> int | None:
         """Peak bytes that the step may have; None where there is no device to ask and no budget."""
@@ -148,11 +165,13 @@ class Partitioner(CustomPartitionerFn):
 
     def uuid(self) -> str:
         # Everything a plan depends on beside the graph: a constant here would bring back plans made for other budgets.
-        return f"unsloth-memory-{self.policy}-{self.budget}-{self.free}-{self.host}-{ceilings()}-{_source_digest()}"
+        asked = f"{self.policy}-{self.budget}-{self.free}-{self.host}-{self.sizes}"
+        return f"unsloth-memory-{asked}-{ceilings()}-{_source_digest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
+            "slicing": None,
             "last_plan": None,
             "last_timeline": None,
         }  # reports, no part of what the partitioner is

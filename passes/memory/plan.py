@@ -60,8 +60,11 @@ class Plan:
         why: why this policy was chosen.
         peak_bytes: of the whole step, predicted; 0 where nobody asked.
         seconds: what computing again adds to the step, and waiting for the link to the host; predicted.
+        step: seconds of the whole step, those included; predicted.
         parts: the peak by category.
         words: what is kept and what is not, for people.
+        rows: tokens that the stretches are run on at a time; 0 where nothing is run in slices.
+        stretches: of forward and of backward, the operators of each stretch that is run in slices, by node name.
     """
 
     policy: str
@@ -76,6 +79,9 @@ class Plan:
     note: str = ""
     tokens: int = 0
     limit: int = 0
+    step: float = 0.0
+    rows: int = 0
+    stretches: tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = ((), ())
 
     @property
     def kept(self) -> list[str]:
@@ -98,7 +104,7 @@ class Plan:
     @property
     def digest(self) -> str:
         text = ";".join(f"{name}={tag.value}" for name, tag in sorted(self.tags.items()))
-        return hashlib.sha256(f"{self.policy}:{text}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.policy}:{text}:{self.rows}:{self.stretches}".encode()).hexdigest()
 
     def __str__(self) -> str:
         text = (

@@ -23,14 +23,17 @@ from torch import fx
 
 from ...kernels.pinned import whole_pages
 from .costs import Sizes
-from .joint import Joint, is_statistic, layers
+from .joint import Joint, is_statistic, layers, maker
 from .liveness import MOMENTS, Liveness, Timeline, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
-from .words import gib
+from .slices import ROWS
+from .words import gib, sliced_in_words
 
 RUNGS = 256
 BUCKETS = 4096
+WORTH_SLICES = 0.02
+"""Share of a step that slices have to save where the budget does not ask for them."""
 
 
 class Planner:
@@ -45,6 +48,7 @@ class Planner:
 
     Attributes:
         away: values that wait in host memory wherever a plan keeps them.
+        rows: tokens that stretches of layers are run on at a time; 0 for all.
     """
 
     def __init__(
@@ -55,8 +59,9 @@ class Planner:
         self.by_name = {n.name: n for n in joint.forward}
         self.home = layers(joint)
         self.away: frozenset[fx.Node] = frozenset()
+        self.rows = 0
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
-        self.others: dict[frozenset[fx.Node], Planner] = {}
+        self.others: dict[Any, Planner] = {}
 
     @functools.cached_property
     def residuals(self) -> list[fx.Node]:
@@ -80,12 +85,57 @@ class Planner:
         away = frozenset(residuals[i] for i in that_fit(map(self.sizes.bytes, residuals), host))
         if not away:
             return None
-        if away not in self.others:
-            self.others[away] = other = copy.copy(self)
-            other.away, other.rungs = away, {}
-            for name in ("fastest", "smallest", "layers", "choices", "needs"):
+        return self._other(away, self.rows)
+
+    def slicing(self, rows: int) -> Planner | None:
+        """A planner whose plans run stretches of layers on a few tokens at a time, where their widest values lie.
+
+        Sums over tokens then round in another order. A plan of this planner is for where no other one fits.
+
+        Args:
+            rows: tokens at a time, about.
+
+        Returns:
+            None where there are not as many tokens, or no stretches.
+        """
+        found = self.liveness.slicing
+        if found is None or found.count <= rows or not self.layers:
+            return None
+        other = self._other(self.away, rows)
+        return other if any(other.smallest[0].stretches) else None
+
+    def why_not_sliced(self) -> str:
+        """Why a layer's widest values lie in memory as a whole; nothing where none does, or where nobody has asked."""
+        found = self.liveness.slicing
+        return "" if found is None else next(iter(found.reasons.values()), "")
+
+    def in_slices(self, plan: Plan, like: Sequence[int] | None = None) -> str:
+        """What a plan runs in slices, in words.
+
+        Args:
+            plan: of this planner.
+            like: for each layer of a deeper model the layer here that it is like.
+        """
+        found = self.liveness.slicing
+        names = {name for half in plan.stretches for stretch in half for name in stretch}
+        if not names or found is None:
+            return ""
+        wide = [v for values in found.wide.values() for v in values if maker(v).name in names]
+        sliced = {self.home[maker(v)] for v in wide}
+        layers = [self.layers[i].name for i in (range(len(self.layers)) if like is None else like)]
+        return sliced_in_words(
+            map(maker, wide), [i for i, name in enumerate(layers) if name in sliced], len(layers), plan.rows
+        )
+
+    def _other(self, away: frozenset[fx.Node], rows: int) -> Planner:
+        if (away, rows) == (self.away, self.rows):
+            return self
+        if (away, rows) not in self.others:
+            self.others[away, rows] = other = copy.copy(self)
+            other.away, other.rows, other.rungs, other.others = away, rows, {}, {}
+            for name in ("fastest", "smallest", "choices", "needs"):
                 vars(other).pop(name, None)
-        return self.others[away]
+        return self.others[away, rows]
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
@@ -94,13 +144,32 @@ class Planner:
     def price(self, plan: Plan) -> tuple[Plan, Timeline]:
         """The plan with its peak and its seconds, and the step's timeline."""
         away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
-        timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away)
-        priced = dataclasses.replace(plan, peak_bytes=timeline.peak, seconds=self.again(), parts=timeline.parts)
+        timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away, self.rows)
+        names = [tuple(tuple(n.name for n in s.operations) for s in half) for half in self.liveness.last_stretches]
+        walk, slices = self.liveness.last_walk, sum(self.slices().values())
+        priced = dataclasses.replace(
+            plan,
+            peak_bytes=timeline.peak,
+            seconds=self.again(),
+            step=sum(map(self.sizes.seconds, walk.operations)) + slices,
+            parts=timeline.parts,
+            rows=self.rows,
+            stretches=(names[0], names[1]),
+        )
         return (self._offloaded(priced, away) if away else priced), timeline
 
     def again(self) -> float:
-        """Seconds of what backward ran again in the last timeline."""
-        return sum(self.sizes.seconds(n) for n in self.liveness.again())
+        """Seconds of what backward ran again in the last timeline, and of what slices cost."""
+        return sum(self.sizes.seconds(n) for n in self.liveness.again()) + sum(self.slices().values())
+
+    def slices(self) -> dict[tuple[str, int], float]:
+        """Seconds that slices add to each layer in the last timeline."""
+        added: dict[tuple[str, int], float] = {}
+        if self.rows and (found := self.liveness.slicing) is not None:
+            for half in self.liveness.last_stretches:
+                for stretch in half:
+                    added[stretch.layer] = added.get(stretch.layer, 0.0) + found.seconds(stretch, self.rows)
+        return added
 
     def _offloaded(self, plan: Plan, away: set[fx.Node]) -> Plan:
         """The same plan with those values in host memory; the link is waited for where arithmetic does not hide it."""
@@ -108,9 +177,9 @@ class Planner:
         moved = sum(map(self.sizes.bytes, away))
         halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
         tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
-        seconds = plan.seconds + waited_for(moved, self.sizes.device.link, halves)
-        saved = plan.saved_bytes - moved
-        return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
+        waited = waited_for(moved, self.sizes.device.link, halves)
+        seconds, step, saved = plan.seconds + waited, plan.step + waited, plan.saved_bytes - moved
+        return dataclasses.replace(plan, tags=tags, seconds=seconds, step=step, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
@@ -165,16 +234,22 @@ class Planner:
         layer_choices: list[list[Pattern]] = []
         padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
         there: dict[Any, list[Pattern]] = {}  # bytes on the device
+        self.price(self.smallest[0])
+        added = self.slices()
         for layer in self.layers:
-            gone = frozenset(i for i, n in enumerate(layer.values) if n in self.away)
-            if (layer.signature, gone) not in there:
-                there[layer.signature, gone] = [self._without(p, layer, gone) for p in padded[layer.signature]]
-            layer_choices.append(there[layer.signature, gone])
+            gone, more = frozenset(i for i, n in enumerate(layer.values) if n in self.away), added.get(layer.name, 0.0)
+            key = (layer.signature, gone, more)
+            if key not in there:
+                there[key] = [self._without(p, layer, gone, more) for p in padded[layer.signature]]
+            layer_choices.append(there[key])
         return layer_choices
 
-    def _without(self, pattern: Pattern, layer: Layer, gone: frozenset[int]) -> Pattern:
+    def _without(self, pattern: Pattern, layer: Layer, gone: frozenset[int], more: float) -> Pattern:
+        """The pattern with what is away from the device, and with what slices cost the layer."""
         moved = sum(self.sizes.bytes(layer.values[i]) for i in pattern.kept & gone)
-        return dataclasses.replace(pattern, bytes=pattern.bytes - moved) if moved else pattern
+        if not moved and not more:
+            return pattern
+        return dataclasses.replace(pattern, bytes=pattern.bytes - moved, seconds=pattern.seconds + more)
 
     def _extremes(self, layer: Layer) -> list[Pattern]:
         """Without a solver: all or nothing. The figures are those of the plans as a whole, shared evenly."""
@@ -272,6 +347,9 @@ class Planner:
 def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
     """The fastest plan within a budget; host memory is used where that makes it faster, or possible.
 
+    Stretches of layers are run on a few tokens at a time where nothing fits otherwise, or is slower by more than
+    :data:`WORTH_SLICES`: else a little more memory, with which something fits, would make for a slower step.
+
     Args:
         budget: peak bytes on the device.
         host: bytes of host memory that may be taken; 0 for none.
@@ -280,15 +358,30 @@ def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeli
         the plan and its timeline. Where nothing fits it is the one that needs least. Its note says what host memory was
         too small for, where there was some to be used.
     """
+    found = _fastest_within(planner, budget, host)
+    fits = found[0].peak_bytes <= budget
+    if fits and found[0].seconds <= WORTH_SLICES * found[0].step:
+        return found
+    sliced = [other for rows in (ROWS[:1] if fits else ROWS) if (other := planner.slicing(rows)) is not None]
+    best = _best([found, *(_fastest_within(other, budget, host) for other in sliced)], budget)
+    return found if fits and found[0].seconds - best[0].seconds <= WORTH_SLICES * found[0].step else best
+
+
+def _fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
     found = planner.within(budget)
     if not host or (found[0].policy == "keep" and found[0].peak_bytes <= budget):
         return found
     candidates = [found]
     if (other := planner.offloading(host)) is not None:
         candidates.append(other.within(budget))
-    fit = [c for c in candidates if c[0].peak_bytes <= budget]
-    plan, timeline = min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
+    plan, timeline = _best(candidates, budget)
     return dataclasses.replace(plan, note=planner.short_of_host(host)), timeline
+
+
+def _best(candidates: Sequence[tuple[Plan, Timeline]], budget: int) -> tuple[Plan, Timeline]:
+    """The fastest that fits; the smallest where none does."""
+    fit = [c for c in candidates if c[0].peak_bytes <= budget]
+    return min(fit, key=lambda c: c[0].seconds) if fit else min(candidates, key=lambda c: c[0].peak_bytes)
 
 
 class Plans(Protocol):
@@ -305,6 +398,10 @@ class Plans(Protocol):
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
+        ...
+
+    def slicing(self, rows: int) -> Plans | None:
+        """The same with stretches of layers run on so many tokens at a time; None where there are none."""
         ...
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from .liveness import Standing, Timeline
 from .plan import Plan
 from .planner import RUNGS, Planner, that_fit, too_little, waited_for
+from .slices import ROWS
 from .words import in_words
 
 
@@ -71,9 +72,8 @@ class Deep:
         self.choices = [source.choices[i] for source, i in zip(self.sources, self.like, strict=True)]
         self.ranks = range(len(planner.choices[0]))
         self.outside = 0.0  # seconds of what backward runs again of the rest of the model
-        self.parts = {source: [self._stretches(source, rank) for rank in self.ranks] for source in {*self.sources}}
-        self.ends = self.parts[self.sources[-1]]
-        self.others: dict[frozenset[int], Deep] = {}
+        self._parts: dict[tuple[Planner, int], dict[Any, _Stretch]] = {}
+        self.others: dict[Any, Deep] = {}
         self.rungs: dict[int, Planned] = {}
 
     @functools.cached_property
@@ -112,6 +112,14 @@ class Deep:
             self.others[gone] = Deep(self.planner, self.like, self.standing, away, gone)
         return self.others[gone]
 
+    def slicing(self, rows: int) -> Deep | None:
+        """The same with stretches of layers run on so many tokens at a time; None where there are none."""
+        if ("rows", rows) not in self.others:
+            if (planner := self.planner.slicing(rows)) is None:
+                return None
+            self.others["rows", rows] = Deep(planner, self.like, self.standing)
+        return self.others["rows", rows]
+
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
         return too_little(self.residuals, host)
@@ -145,6 +153,7 @@ class Deep:
         layers = [self.planner.layers[i] for i in self.like]
         kept = [{layer.values[i] for i in p.kept} for layer, p in zip(layers, patterns, strict=True)]
         moved = sum(size for i, size in enumerate(self.residuals) if i in self.gone)
+        waited = waited_for(moved, self.planner.sizes.device.link, halves)
         seconds = sum(p.seconds for p in patterns) + self.outside
         policy = "mixed"
         if all(rank == self.ranks[-1] for rank in ranks):
@@ -157,14 +166,36 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
+            seconds=seconds + waited,
+            step=sum(halves) + waited + self._slices,
             parts=timeline.parts,
-            words=in_words(layers, kept, sorted(self.gone)),
+            words="; ".join(filter(None, (in_words(layers, kept, sorted(self.gone)), self._in_slices))),
             host_bytes=moved,
+            rows=self.planner.rows,
         )
         return plan, timeline
 
+    @functools.cached_property
+    def _slices(self) -> float:
+        """Seconds that slices add."""
+        self.planner.price(self.planner.smallest[0])
+        added = self.planner.slices()
+        return sum(added.get(self.planner.layers[i].name, 0.0) for i in self.like)
+
+    @functools.cached_property
+    def _in_slices(self) -> str:
+        return self.planner.in_slices(self.planner.smallest[0], self.like)
+
     # -- stretches -----------------------------------------------------------------------------------------------------
+
+    def _part(self, source: Planner, rank: int) -> dict[Any, _Stretch]:
+        if (source, rank) not in self._parts:
+            self._parts[source, rank] = self._stretches(source, rank)
+        return self._parts[source, rank]
+
+    def _end(self, rank: int) -> dict[Any, _Stretch]:
+        """What is outside of the layers."""
+        return self._part(self.sources[-1], rank)
 
     def _stretches(self, planner: Planner, rank: int) -> dict[Any, _Stretch]:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
@@ -199,14 +230,14 @@ class Deep:
         layers = list(enumerate(zip(self.sources, self.like, ranks, strict=True)))
 
         def layer(phase: str, i: int, source: Planner, traced: int, rank: int) -> tuple[_Stretch | None, int]:
-            return self.parts[source][rank].get((phase, traced)), before[i]
+            return self._part(source, rank).get((phase, traced)), before[i]
 
-        forward = [(self.ends[ranks[0]].get(("forward", "before")), 0)]
+        forward = [(self._end(ranks[0]).get(("forward", "before")), 0)]
         forward += [layer("forward", i, *rest) for i, rest in layers]
-        forward.append((self.ends[ranks[-1]].get(("forward", "head")), before[-1]))
-        backward = [(self.ends[ranks[-1]].get(("backward", "head")), before[-1])]
+        forward.append((self._end(ranks[-1]).get(("forward", "head")), before[-1]))
+        backward = [(self._end(ranks[-1]).get(("backward", "head")), before[-1])]
         backward += [layer("backward", i, *rest) for i, rest in reversed(layers)]
-        backward.append((self.ends[ranks[0]].get(("backward", "after")), 0))
+        backward.append((self._end(ranks[0]).get(("backward", "after")), 0))
         names: list[str] = []
         kept: list[int] = []
         gradients: list[int] = []
@@ -229,17 +260,17 @@ class Deep:
 
     def _choose(self, limit: int) -> list[int] | None:
         traced = list(zip(self.sources, self.like, strict=True))
-        grown = [max(self._finished(self.parts[s][rank], ("backward", i)) for rank in self.ranks) for s, i in traced]
-        head = max(self._finished(self.ends[rank], ("backward", "head")) for rank in self.ranks)
+        grown = [max(self._finished(self._part(s, rank), ("backward", i)) for rank in self.ranks) for s, i in traced]
+        head = max(self._finished(self._end(rank), ("backward", "head")) for rank in self.ranks)
         above = [head + sum(grown[i + 1 :]) for i in range(len(grown))]
         inside = np.array(
             [
-                [self._inside(self.parts[s][rank], t, over, self.choices[i][rank].bytes) for rank in self.ranks]
+                [self._inside(self._part(s, rank), t, over, self.choices[i][rank].bytes) for rank in self.ranks]
                 for i, ((s, t), over) in enumerate(zip(traced, above, strict=True))
             ]
         )
         ends = [("forward", "head"), ("backward", "head")]
-        outside = max(self.ends[r][k].most for r in self.ranks for k in ends if k in self.ends[r])
+        outside = max(self._end(r)[k].most for r in self.ranks for k in ends if k in self._end(r))
         return self.planner.shortest(self.choices, inside, outside, limit - self.standing.total)
 
     @staticmethod
@@ -257,16 +288,15 @@ class Deep:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """What the smallest plan needs by the tokens of a step, which is a straight line in them.
+    """What the smallest plan needs by the tokens of a step: straight lines in them.
 
     Attributes:
-        alone: bytes without host memory, (at no tokens, per token).
-        away: the same with the residuals of all layers but the last in host memory.
+        lines: with all tokens at once, and in slices. Of each, bytes without host memory, (at no tokens, per token),
+            and the same with the residuals of all layers but the last in host memory.
         residuals: bytes per token that each of those layers hands on.
     """
 
-    alone: tuple[float, float]
-    away: tuple[float, float]
+    lines: list[tuple[tuple[float, float], tuple[float, float]]]
     residuals: list[float]
 
     @classmethod
@@ -277,21 +307,30 @@ class Floor:
             tokens: two different numbers of tokens.
             plans: of steps of so many.
         """
-        peaks = []
-        for deep in plans:
-            other = deep.offloading(1 << 62) or deep
-            peaks.append((deep.smallest[0].peak_bytes, other.smallest[0].peak_bytes))
         lines = []
-        for a, b in zip(*peaks, strict=True):
-            slope = (b - a) / (tokens[1] - tokens[0])
-            lines.append((a - slope * tokens[0], slope))
-        return cls(lines[0], lines[1], [size / tokens[0] for size in plans[0].residuals])
+        for rows in (0, *ROWS):
+            peaks = []
+            for deep in plans:
+                sliced = deep.slicing(rows) if rows else deep
+                if sliced is not None:
+                    other = sliced.offloading(1 << 62) or sliced
+                    peaks.append((sliced.smallest[0].peak_bytes, other.smallest[0].peak_bytes))
+            if len(peaks) == len(plans):
+                both = []
+                for a, b in zip(*peaks, strict=True):
+                    slope = (b - a) / (tokens[1] - tokens[0])
+                    both.append((a - slope * tokens[0], slope))
+                lines.append((both[0], both[1]))
+        return cls(lines, [size / tokens[0] for size in plans[0].residuals])
 
     def at(self, tokens: int, host: int) -> float:
         """Peak bytes of a step of so many tokens, with so many bytes of host memory."""
-        alone, away = (fixed + slope * tokens for fixed, slope in (self.alone, self.away))
         there = that_fit((int(size * tokens) for size in self.residuals), host)
-        return alone - max(0.0, alone - away) * len(there) / max(1, len(self.residuals))
+        found = []
+        for lines in self.lines:
+            alone, away = (fixed + slope * tokens for fixed, slope in lines)
+            found.append(alone - max(0.0, alone - away) * len(there) / max(1, len(self.residuals)))
+        return min(found)
 
     def tokens_within(self, budget: int, host: int) -> int:
         """The most tokens whose smallest plan is within so many bytes."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from torch import SymInt, fx
+from torch import fx
 
 from ...kernels.operator import operator_of
 from ..rewrite import module_path
-from .joint import Joint, is_value, maker
+from .joint import Joint, maker, tokens
 from .liveness import Timeline
 from .patterns import Layer
 
@@ -79,10 +79,33 @@ def _labels(layer: Layer) -> dict[int, str]:
     return labels
 
 
+def sliced_in_words(operations: Iterable[fx.Node], layers: Sequence[int], count: int, rows: int) -> str:
+    """``mlp of 32 of 32 layers (0–31) in slices of 2,048 tokens``.
+
+    Args:
+        operations: those whose results are too wide.
+        layers: those that have them.
+        count: of all layers.
+        rows: tokens in a slice, about.
+    """
+    places = [_inside(op).split(".") for op in operations]
+    common = [part for part, *others in zip(*places, strict=False) if all(part == other for other in others)]
+    what = ".".join(common) or "the widest values"
+    return (
+        f"{what} of {len(layers)} of {count} layers ({_spans(layers)}) in slices of {rows:,} tokens, whose sums round "
+        "in another order"
+    )
+
+
+def _inside(operation: fx.Node) -> str:
+    """The module of an operator, within its layer."""
+    return re.sub(r".*?\.?\b\d+(?:\.|$)", "", module_path(operation), count=1)
+
+
 def _label(value: fx.Node, layer: Layer) -> str:
     """``mlp.gate_proj.y1``: the place within the layer, and which of an operator's outputs."""
     operation = maker(value)
-    inside = re.sub(r".*?\.?\b\d+(?:\.|$)", "", module_path(operation), count=1)
+    inside = _inside(operation)
     name = str(getattr(operation.target, "_opname", operation.target)).lstrip("_")
     declared = operator_of(operation.target)
     if declared is not None and value is not operation:
@@ -101,12 +124,18 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
 
 
-def below_floor(budget: int, timeline: Timeline, length: int | None) -> str:
-    """The message for a budget that no plan meets."""
+def below_floor(budget: int, timeline: Timeline, length: int | None, in_one_piece: str = "") -> str:
+    """The message for a budget that no plan meets.
+
+    Args:
+        in_one_piece: why layers' widest values could not be made in slices of tokens, if they could not.
+    """
     parts: Mapping[str, int] = timeline.parts
     largest = sorted(parts.items(), key=lambda item: -item[1])[:3]
     told = ", ".join(f"{name} {gib(size)}" for name, size in largest)
     message = f"memory_budget {gib(budget)} is below the floor of {gib(timeline.peak)}: {told}"
+    if in_one_piece:
+        message = f"{message}; layers' widest values are made for all tokens at once, because {in_one_piece}"
     fits = length_that_fits(budget, timeline, length)
     if fits is None:
         return message
@@ -131,16 +160,6 @@ def sequence_length(joint: Joint) -> int | None:
     """Tokens per sequence, if the graph has tokens and one length."""
     _, length = tokens(joint) or (None, None)
     return length if isinstance(length, int) else None
-
-
-def tokens(joint: Joint) -> tuple[int | SymInt, int | SymInt] | None:
-    """Sequences and tokens in each: of an integer input [batch, length]; None where there is none."""
-    for node in joint.forward:
-        if node.op == "placeholder" and is_value(node):
-            value = node.meta["val"]
-            if not value.dtype.is_floating_point and value.dim() == 2 and value.dtype.itemsize == 8:
-                return value.shape[0], value.shape[1]
-    return None
 
 
 def tokens_within(budget: int, timeline: Timeline, count: int) -> int:

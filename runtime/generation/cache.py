@@ -133,19 +133,28 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attend)
 
 
 @contextlib.contextmanager
-def decoding(model: nn.Module, cache: NewTokens) -> Iterator[None]:
-    """The model's attention reads the pages of this cache."""
+def attending(model: nn.Module, name: str) -> Iterator[None]:
+    """The model's attention is the one that is registered under a name, in all its parts."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    outer, STEP.cache = STEP.cache, cache
     try:
         for config, _ in before:
-            config._attn_implementation = ATTENTION
+            config._attn_implementation = name
         yield
     finally:
+        for config, former in before:  # outer ones first: they set those within them
+            config._attn_implementation = former
+
+
+@contextlib.contextmanager
+def decoding(model: nn.Module, cache: NewTokens) -> Iterator[None]:
+    """The model's attention reads the pages of this cache."""
+    outer, STEP.cache = STEP.cache, cache
+    try:
+        with attending(model, ATTENTION):
+            yield
+    finally:
         STEP.cache = outer
-        for config, name in before:  # outer ones first: they set those within them
-            config._attn_implementation = name
 
 
 def cache_argument(model: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from .pages import PAGE, TRASH, Pools, Shape
 
 _KINDS = {"full_attention", "sliding_attention"}
 _PROMPT, _DECODED = 3, 2
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest relative difference of logits, in the norm; of two roundings in different orders it is a tenth of that."""
 
 
@@ -56,8 +56,12 @@ def base_of(model: nn.Module) -> Any:
     return base
 
 
-def _configured(model: Any) -> None:
-    """Raise for what a configuration says."""
+def configured(model: Any) -> None:
+    """Refuse what a configuration says.
+
+    Raises:
+        Unsupported: for a model whose tokens know of each other by more than keys and values.
+    """
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported("it has an encoder")
@@ -82,7 +86,7 @@ def examine(model: Any) -> Layout:
     Raises:
         Unsupported: saying what is not as the engine needs it.
     """
-    _configured(model)
+    configured(model)
     name = cache_argument(model)
     if name is None:
         raise Unsupported("its forward takes no cache")
@@ -103,7 +107,7 @@ def examine(model: Any) -> Layout:
     except Exception as error:
         raise Unsupported(f"decoding from pages raises {type(error).__name__}: {str(error)[:200]}") from error
     error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
-    if not error <= _TOLERANCE.get(next(iter(layout.shapes.values())).dtype, 8e-2):
+    if not error <= TOLERANCE.get(next(iter(layout.shapes.values())).dtype, 8e-2):
         raise Unsupported(f"decoding from pages gives other logits than its forward, by {error:.1e} of their norm")
     return layout
 

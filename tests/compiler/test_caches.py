@@ -39,6 +39,7 @@ print(json.dumps(found))
 """
 
 
+ENABLED = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
 OTHERS = {"budget": {"memory_budget": 0}, "passes": {"disable": ["rms_norm"]}}
 
 
@@ -46,12 +47,11 @@ OTHERS = {"budget": {"memory_budget": 0}, "passes": {"disable": ["rms_norm"]}}
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, int]]]:
     """PyTorch's counters for each step of two processes that share a cache: one step, then the same and others."""
     folder = tmp_path_factory.mktemp("caches")
-    enabled = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
 
     def run(*options: dict[str, object]) -> list[dict[str, int]]:
         result = subprocess.run(
             [sys.executable, "-c", _STEP, json.dumps(options)],
-            env={**os.environ, **enabled, "TORCHINDUCTOR_CACHE_DIR": str(folder)},
+            env={**os.environ, **ENABLED, "TORCHINDUCTOR_CACHE_DIR": str(folder)},
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
@@ -79,3 +79,53 @@ def test_a_kernel_that_is_switched_off_is_part_of_the_key(monkeypatch: pytest.Mo
     before = InlineReferences().uuid()
     monkeypatch.setattr(swiglu, "disabled", "deliberate")
     assert InlineReferences().uuid() != before
+
+
+_PLANNED = """
+import json, sys
+import torch
+from torch._dynamo.utils import counters
+from unsloth.compiler.options import Options
+from unsloth.compiler.run import compiled
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = torch.nn.Embedding(16, 32), torch.nn.Linear(32, 32)
+
+    def forward(self, ids):
+        return torch.tanh(self.layer(torch.tanh(self.layer(self.table(ids))))).square().sum()
+
+found = []
+for length in json.loads(sys.argv[1]):
+    torch._dynamo.reset()
+    counters.clear()
+    reports, ids = [], torch.ones(2, length, dtype=torch.long)
+    torch._dynamo.mark_dynamic(ids, 1)
+    compiled(Model(), Options.parse({"memory_budget": "64MiB"}), reports)(ids).backward()
+    (report,) = reports
+    plan = report.partitioner.last_plan
+    found.append([plan.tokens, plan.limit, plan.peak_bytes, sorted(plan.kept), counters["aot_autograd"]])
+print(json.dumps(found))
+"""
+
+
+def test_a_graph_comes_with_what_it_was_planned_for(tmp_path: Path) -> None:
+    """Its prediction and its guard; a batch of another size first is planned for anew, though its graph is the same."""
+
+    def run(*lengths: int) -> list[tuple[list[object], dict[str, int]]]:
+        result = subprocess.run(
+            [sys.executable, "-c", _PLANNED, json.dumps(lengths)],
+            env={**os.environ, **ENABLED, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return [(plan, counts) for *plan, counts in json.loads(result.stdout.splitlines()[-1])]
+
+    ((cold, counts),) = run(48)
+    assert counts["autograd_cache_miss"] == 1 and cold[0] == 96 and cold[1] > 96 and cold[3]
+    (warm, counts), (other, others) = run(48, 80)
+    assert counts["autograd_cache_hit"] == 1 and warm == cold
+    assert others["autograd_cache_miss"] == 1 and other[0] == 160 and other[2] > cold[2]

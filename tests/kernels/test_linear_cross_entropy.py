@@ -354,6 +354,14 @@ def test_chunks(rows: int, vocabulary: int, itemsize: int, monkeypatch: pytest.M
     assert step >= 128 or chunks <= 2, "no chunk is small for no reason"
 
 
+def test_chunks_that_are_summed_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    frozen, trained = (logit_chunks.chunk_rows(8192, 128_256, 2, summed) for summed in (0, 2048))
+    assert (frozen, trained) == (1024, 2048)
+    assert trained * 128_256 * 2 <= 128_256 * 2048 * 4 // 2  # half of the float32 sum at most
+    assert logit_chunks.chunk_rows(4096, 128_256, 2, 8192) == 2048  # two at least
+
+
 @each_implementation
 def test_chunks_make_no_difference(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args = Setting(statistics=True).arguments(*make((61,)))

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from tests.kernels.oracle import DEVICE, assert_compiles
+from unsloth.kernels import reasons
 from unsloth.kernels import thin_products as module
 from unsloth.kernels.glu import GELU, GELU_TANH, SILU
 from unsloth.kernels.thin_products import down_product, glu_products, unsupported, up_products
@@ -156,7 +157,7 @@ def test_unsupported_says_why() -> None:
 
 
 def test_a_device_with_too_little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(reasons, "_capability", lambda device: (7, 5))
     with FakeTensorMode():
         x = torch.empty(4, 8, dtype=torch.float16, device="cuda")
         assert unsupported(x, 8) == "sm_75 has too little shared memory"

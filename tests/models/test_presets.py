@@ -26,6 +26,16 @@ def test_real_shapes_have_the_published_size(name, parameters):
     assert model.num_parameters() == parameters
 
 
+def test_a_preset_can_be_cut_to_fewer_layers():
+    assert presets.config("llama-8b@4").num_hidden_layers == 4
+    whole, cut = presets.config("tiny-llama").to_dict(), presets.config("tiny-llama@1").to_dict()
+    assert {k for k in whole if whole[k] != cut[k]} <= {"num_hidden_layers", "layer_types"}
+    with pytest.raises(KeyError):
+        presets.config("llama-9b@4")
+    with pytest.raises(ValueError, match="four"):
+        presets.config("tiny-llama@four")
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_weights_are_random_and_repeatable(name):
     state = torch.get_rng_state()

@@ -11,12 +11,15 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
 
+from tests.runtime.test_replan import short_of_memory
 from tests.runtime.test_trainer import EAGER, adapted
 from unsloth.models.adapters import add_lora
 from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.models.presets import build
 from unsloth.runtime.grpo import GRPOTrainer
+from unsloth.runtime.packed_policy import pack, unlike
 from unsloth.runtime.policy import trimmed
 from unsloth.runtime.policy_loss import LOSSES, PolicyLoss, Sampled, policy_loss, settings_of
 from unsloth.runtime.problems import DataError
@@ -96,18 +99,20 @@ def make(
 
 
 def batch(seed: int = 0, count: int = 3, tokens: int = 7) -> dict[str, Tensor]:
-    """Completions sampled long ago by another policy, with everything that a loss may look at."""
+    """Completions sampled long ago by another policy, with everything that a loss may look at; two of one prompt."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    lengths, prompts = torch.tensor([tokens, 4, 1]), torch.tensor([5, 2, 5])
+    lengths, prompts = torch.tensor([tokens, 4, 1]), torch.tensor([3, 3, 5])
     spread = torch.arange(tokens)
     log_p = -5.5 + 0.4 * normal(count, tokens)  # about as likely as by chance
     mask = (spread < lengths[:, None]).long()
+    prompt_ids = torch.randint(4, 250, (count, 5), generator=generator)
+    prompt_ids[1, 2:] = prompt_ids[0, 2:]
     return {
-        "prompt_ids": torch.randint(4, 250, (count, 5), generator=generator),
+        "prompt_ids": prompt_ids,
         "prompt_mask": (torch.arange(5) >= 5 - prompts[:, None]).long(),
         "completion_ids": torch.randint(4, 250, (count, tokens), generator=generator),
         "completion_mask": mask,
@@ -154,11 +159,12 @@ def configure(made: Any, **settings: Any) -> None:
         made._loss = settings_of(made)
 
 
-@pytest.fixture(scope="module", params=["lora", "full"])
+@pytest.fixture(scope="module", params=["lora", "full", "padded"])
 def both(request: Any, tmp_path_factory: Any) -> tuple[Any, Any]:
     """TRL's trainer and ours, on equal models; both believe that an engine has sampled, which rounds otherwise."""
     made = []
-    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"compile": False})):
+    settings = {"compile": False, "shared_prompts": request.param != "padded"}
+    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, settings)):
         if request.param == "full":
             torch.manual_seed(0)
             model = build("tiny-llama")
@@ -198,6 +204,95 @@ def test_every_loss_and_gradient_is_that_of_trl(
         configure(made, **{**PLAIN, **settings, "loss_type": loss_type})
     theirs, ours = (step(made, inputs) for made in both)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["tiny-mistral", "tiny-qwen3", "tiny-phi3"])
+def test_a_prompt_stands_once_for_all_that_complete_it(tmp_path, kind: str) -> None:
+    """Longer than the window of the first of these models; one graph, compiled, for rows of any length."""
+    theirs, ours = (
+        make(cls, tmp_path, more, model=_copies(kind), max_completion_length=30)
+        for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"options": EAGER}))
+    )
+    for seed, tokens in ((0, 30), (1, 17)):
+        inputs = {n: x for n, x in batch(seed, tokens=tokens).items() if n not in LATER}
+        assert_same(step(ours, inputs), step(theirs, inputs))
+    assert ours._pads is None
+    (graph,) = ours.explanation.graphs
+    assert heads(graph) == ["plain, with statistics, per token"]
+
+
+def _copies(kind: str) -> Any:
+    torch.manual_seed(0)
+    return build(kind)
+
+
+LATER = {"old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio"}
+
+
+def test_logits_of_a_float32_head(tmp_path) -> None:
+    """TRL's ``cast_lm_head_to_fp32``: the head is still one operator, and completions still a row."""
+    found = []
+    for cls, more in ((trl.GRPOTrainer, {}), (GRPOTrainer, {"options": EAGER})):
+        model = build("tiny-llama", dtype=torch.bfloat16)
+        made = make(cls, tmp_path, more, model=model, cast_lm_head_to_fp32=True)
+        found.append(step(made, {n: x for n, x in batch().items() if n not in LATER}))
+    theirs, ours = found
+    assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-3)
+    for name, gradient in theirs["gradients"].items():
+        error = (ours["gradients"][name].float() - gradient.float()).norm() / gradient.float().norm()
+        assert error < 0.05, (name, error)  # two orders of rounding to bfloat16
+    (graph,) = made.explanation.graphs
+    assert heads(graph) == ["plain, with statistics, per token"] and made._pads is None
+
+
+def test_a_row_has_every_token_once() -> None:
+    inputs = batch()
+    inputs["completion_mask"][1] = 0  # cut off, say
+    packed = pack(inputs)
+    assert packed is not None
+    prompts, completed = inputs["prompt_mask"].bool(), inputs["completion_mask"].bool()
+    parts = (inputs["prompt_ids"], prompts), (inputs["completion_ids"], completed)
+    wanted = [ids[i][mask[i]] for i in (0, 2) for ids, mask in parts]
+    assert torch.equal(packed.row[0], torch.cat(wanted))
+    assert packed.row[1].tolist() == [*range(3 + 7), *range(5 + 1)]
+    assert torch.equal(packed.row[0][packed.documents[0]], packed.row[0])  # no prompt stands for two
+
+    shared = pack(batch())
+    assert shared is not None
+    ids, spread = shared.row[0], shared.documents[0]
+    assert len(ids) == 3 + 7 + 4 + 5 + 1 and len(spread) == len(ids) + 3
+    assert torch.equal(ids[spread][[0, 1, 2]], ids[spread][[10, 11, 12]])
+    assert torch.equal(ids[spread][shared.row[2]], ids)
+    assert torch.equal(F.pad(shared.scored[1], (0, 1), value=-1)[shared.slots] >= 0, batch()["completion_mask"].bool())
+    inputs["completion_mask"][:] = 0
+    assert pack(inputs) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "why"),
+    [
+        ("tiny-gemma2", {}, "a mask, a cap or sinks"),
+        ("tiny-llama", {"attention_dropout": 0.1}, "drops 10%"),
+        ("tiny-llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "are dynamic"),
+    ],
+)
+def test_models_that_cannot_be_run_as_a_row_are_padded(tmp_path, caplog, kind, sizes, why) -> None:
+    model = build(kind)
+    for name, value in sizes.items():
+        setattr(model.config, name, value)
+    ours = make(GRPOTrainer, tmp_path, {"compile": False}, model=model)
+    with caplog.at_level(logging.WARNING):
+        step(ours, {n: x for n, x in batch().items() if n not in LATER})
+    assert why in str(ours._pads) and "padded to each other" in caplog.text
+
+
+def test_a_model_that_is_another_as_a_row_is_noticed(monkeypatch: Any) -> None:
+    model = build("tiny-llama")
+    assert unlike(model) is None and model.config._attn_implementation == "sdpa" and model.training
+    norm = type(model.model.norm)
+    forward = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: forward(self, x + x.roll(1, 1)))  # tokens side by side mix
+    assert "other logits" in str(unlike(model))
 
 
 def test_a_loss_that_is_not_known() -> None:
@@ -249,6 +344,27 @@ def test_a_run_is_that_of_trl_in_two_graphs(tmp_path, settings) -> None:
         assert heads(graph) == ["plain, with statistics, per token"]
         names = {site.operator for report in graph.passes for site in report.rewritten}
         assert {"rms_norm", "rope", "lora_linear"} <= names
+
+
+def test_a_smaller_plan_is_tried_with_the_same_completions(tmp_path, monkeypatch, caplog) -> None:
+    """The step's earlier micro-batch is done again; nothing is generated or logged twice."""
+
+    def everything(made: Any) -> list[dict[str, float]]:
+        made.train()
+        leave = {"tokens_per_second", "total_flos", "step_time"}
+        return [{n: v for n, v in h.items() if n not in leave} for h in made.state.log_history if "loss" in h]
+
+    before = everything(make(GRPOTrainer, tmp_path / "whole", {"compile": False}, optim="sgd"))
+    budgets = short_of_memory(monkeypatch)
+    made = make(GRPOTrainer, tmp_path / "short", {"options": EAGER}, optim="sgd")
+    found, generate = [], made._generate_single_turn
+    made._generate_single_turn = lambda *args, **more: found.append(1) or generate(*args, **more)
+    with caplog.at_level(logging.WARNING):
+        again = everything(made)
+    assert len(budgets) == 3 and caplog.text.count("planned again for") == 2 and len(found) == 3
+    assert len(again) == len(before) == 3
+    for mine, other in zip(again, before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
 def test_without_a_reference_and_an_old_policy_there_is_one_graph(tmp_path) -> None:

@@ -62,18 +62,7 @@ def _squares(model: nn.Module, seed: int) -> dict[str, Any]:
     return {**batch, "pixel_values": images, "pixel_attention_mask": torch.ones(ROWS, 1, pixels, pixels).long()}
 
 
-def _rectangles(model: nn.Module, seed: int) -> dict[str, Any]:
-    """As Mistral 3 takes them: images padded to the largest, and their sizes in pixels."""
-    draw, patch = random.Random(seed), model.config.vision_config.patch_size  # type: ignore[union-attr]
-    sizes = [[2 * patch * draw.randint(1, 4), 2 * patch * draw.randint(1, 4)] for _ in range(ROWS)]
-    largest = [max(size[d] for size in sizes) for d in (0, 1)]
-    batch = _text(model, [(h // patch // 2) * (w // patch // 2) for h, w in sizes], seed)
-    del batch["mm_token_type_ids"]
-    pixels = torch.randn(ROWS, 3, *largest, generator=torch.Generator().manual_seed(seed))
-    return {**batch, "pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
-
-
-CASES = [("qwen2_5_vl", _patches), ("qwen3_vl", _patches), ("idefics3", _squares), ("mistral3", _rectangles)]
+CASES = [("qwen2_5_vl", _patches), ("qwen3_vl", _patches), ("idefics3", _squares)]
 
 
 @pytest.mark.parametrize(("name", "make"), CASES)

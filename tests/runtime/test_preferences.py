@@ -15,6 +15,7 @@ from peft import PeftModel
 from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo import ORPOTrainer as TheirORPOTrainer
 
+from tests.runtime.test_replan import short_of_memory
 from tests.runtime.test_smaller import Memory
 from tests.runtime.test_train import checkpoint, command  # noqa: F401
 from tests.runtime.test_trainer import EAGER, adapted
@@ -185,6 +186,20 @@ def test_three_halvings_are_enough(tmp_path, method) -> None:
     made = make(ours, config, tmp_path, {"compile": False}, model=model)
     with pytest.raises(TrainingError, match=r"out of memory with one pair of \d+ tokens"):
         made.train()
+
+
+@pytest.mark.parametrize(("method", "settings"), [("dpo", {}), ("orpo", {}), ("dpo", {"loss_type": "aot"})])
+def test_a_smaller_plan_comes_before_smaller_batches(tmp_path, caplog, monkeypatch, method, settings) -> None:
+    """In the middle of a step, whose earlier micro-batch is done again: the log is what it would have been."""
+    _, ours, config = METHODS[method]
+    before = everything(make(ours, config, tmp_path / "whole", {"compile": False}, **{**UNEVEN, **settings}))
+    budgets = short_of_memory(monkeypatch)
+    made = make(ours, config, tmp_path / "short", **{**UNEVEN, **settings})
+    with caplog.at_level(logging.WARNING):
+        found = everything(made)
+    assert len(budgets) == 3 and made._smaller.batches.parts == 1 and caplog.text.count("planned again for") == 2
+    for mine, other in zip(found, before, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 def test_a_loss_that_parts_do_not_add_up_to_ends_the_run(tmp_path) -> None:

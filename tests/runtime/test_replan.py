@@ -63,6 +63,32 @@ def replanned(monkeypatch: pytest.MonkeyPatch, backend: Backend, *, there: int |
     return step, changes
 
 
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """Two plans that turn out too large in the middle of a step, the second later than the first; the budgets of those
+    that ran."""
+    budgets: list[int | None] = []
+
+    def compiled(function: Any, options: Options, reports: list[Any]) -> Any:
+        plan = Plan("mixed", {}, 0, "", peak_bytes=options.memory_budget or GIB)
+        calls = 0
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += torch.is_grad_enabled()
+            if calls == torch.is_grad_enabled() == 1:
+                budgets.append(options.memory_budget)
+                reports.append(SimpleNamespace(partitioner=SimpleNamespace(last_plan=plan, last_floor=0)))
+            if calls > len(budgets) and len(budgets) < 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+            return function(*arguments, **named)
+
+        return run
+
+    monkeypatch.setattr(replan, "compiled", compiled)
+    monkeypatch.setattr(replan, "_within_reach", lambda: None)
+    return budgets
+
+
 def test_less_each_time_until_the_floor(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     step, changes = replanned(monkeypatch, backend := Backend(floor=int(8.5 * GIB)))
     assert not step.for_less()  # nothing was planned yet
