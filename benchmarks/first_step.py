@@ -2,6 +2,7 @@
 
     python -m benchmarks.first_step [--model tiny-llama] [--layers 32] [--batch 2] [--seq 64] [--lowering inductor]
     python -m benchmarks.first_step --ours [--at-most 5]        # retrace and passes alone, in processor time
+    python -m benchmarks.first_step --stacks                    # and below which functions the time went
 
 A LoRA step (rank 16 on every linear layer) of a preset, made as deep as asked. *Cold* begins with an empty cache,
 *warm* is a second process that finds what the first one left there. Seconds are those of a wall clock, by PyTorch's
@@ -12,6 +13,7 @@ alone are measured in processor time, which says the same on a busy machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -19,6 +21,8 @@ import sys
 import tempfile
 import time
 from typing import Any
+
+from .sampling import sampled
 
 
 def adapted(model: str, layers: int, batch: int, seq: int) -> tuple[Any, dict[str, Any]]:
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments.add_argument("--batch", type=int, default=2)
     arguments.add_argument("--seq", type=int, default=64)
     arguments.add_argument("--lowering", choices=("eager", "inductor"), default="inductor")
+    arguments.add_argument("--stacks", action="store_true", help="look at stacks meanwhile, and list functions by time")
     arguments.add_argument("--here", action="store_true", help="measure in this process and print JSON")
     arguments.add_argument("--ours", action="store_true", help="retrace and passes alone, in this process")
     arguments.add_argument("--at-most", type=float, metavar="SECONDS", help="with --ours: exit code 1 above these")
@@ -93,7 +98,11 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(f"{stage:<14}{taken:>9.2f}s" for stage, taken in seconds.items()))
         sys.exit(args.at_most is not None and seconds["total"] > args.at_most)
     if args.here:
-        print(json.dumps(measure(args.model, args.layers, args.batch, args.seq, args.lowering)))
+        with sampled() if args.stacks else contextlib.nullcontext() as samples:
+            seconds = measure(args.model, args.layers, args.batch, args.seq, args.lowering)
+        if samples is not None:
+            print(samples.table(), file=sys.stderr)
+        print(json.dumps(seconds))
         return
     given = [*(argv if argv is not None else sys.argv[1:]), "--here"]
     with tempfile.TemporaryDirectory() as cache:

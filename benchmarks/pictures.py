@@ -33,6 +33,8 @@ class Pictures:
         self.channels = _number(part, ("num_channels", "in_channels", "in_chans"), 3)
         self.side = _number(part, ("image_size",), 0) or 4 * self.patch
         self.frames = _number(part, ("temporal_patch_size", "patch_temporal"), 1)
+        self.merge = _number(part, ("spatial_merge_size", "merge_size"), 1)
+        self.pool = _number(part, ("pooling_kernel_size",), 1)
         self.tiles = _number(part, ("max_num_tiles",), 1)
         self.patches = _number(part, ("num_patches", "max_num_patches"), 16)
         self.generator = torch.Generator().manual_seed(0)
@@ -123,12 +125,55 @@ def _placed_patches(p: Pictures, names: set[str]) -> Batch | None:
     return {"pixel_values": p.pixels(p.rows, 36, p.flat), "image_position_ids": places}
 
 
+def _placed_pools(p: Pictures, names: set[str]) -> Batch | None:
+    """As above, where a patch is what others pool afterwards (Gemma 4 in one part)."""
+    if (batch := _placed_patches(p, names)) is None or p.pool == 1:
+        return None
+    return batch | {"pixel_values": p.pixels(p.rows, 36, p.flat * p.pool**2)}
+
+
 def _packed_strips(p: Pictures, names: set[str]) -> Batch | None:
     """All images' patches side by side in one strip, and each image's rows and columns of patches (MiniCPM-V)."""
     if "target_sizes" not in names:
         return None
     strip = p.pixels(1, p.channels, p.patch, 16 * p.patch * p.rows)
     return {"pixel_values": strip, "target_sizes": torch.tensor([[4, 4]] * p.rows)}
+
+
+def _grid_of_tokens(p: Pictures, names: set[str]) -> Batch | None:
+    """Patches of the size of a token, colours last, and a grid that counts those (Inkling 2)."""
+    if "image_grid_thw" not in names:
+        return None
+    side = p.patch * p.merge
+    grid = torch.tensor([[1, 2, 4] if i % 2 == 0 else [1, 4, 2] for i in range(p.rows)])
+    return {"pixel_values": p.pixels(8 * p.rows, side, side, p.channels), "image_grid_thw": grid}
+
+
+def _frames_of_tokens(p: Pictures, names: set[str]) -> Batch | None:
+    """For each token the frames of its patch, colours last (Inkling)."""
+    if "pixel_values" not in names:
+        return None
+    return {"pixel_values": p.pixels(4 * p.rows, p.frames, p.patch, p.patch, p.channels)}
+
+
+def _grid_of_sides(p: Pictures, names: set[str]) -> Batch | None:
+    """All images' patches in one row, and rows and columns of each image (Nemotron-H Omni)."""
+    if "image_grid_hw" not in names:
+        return None
+    grid = torch.tensor([[4, 8] if i % 2 == 0 else [8, 4] for i in range(p.rows)])
+    return {"pixel_values": p.pixels(32 * p.rows, p.flat), "image_grid_hw": grid}
+
+
+def _pooled_patches(p: Pictures, names: set[str]) -> Batch | None:
+    """Crops of flattened patches, and which four of them each token of an image is pooled from (Molmo 2)."""
+    if "image_token_pooling" not in names:
+        return None
+    side = p.side // p.patch
+    numbers = torch.arange(p.rows * side * side).view(p.rows, side // 2, 2, side // 2, 2)
+    pools = numbers.transpose(2, 3).reshape(-1, 4)
+    grids = torch.tensor([[0, 0, side // 2, side // 2]] * p.rows)
+    images = {"image_token_pooling": pools, "image_grids": grids, "image_num_crops": torch.ones(p.rows).long()}
+    return {"pixel_values": p.pixels(p.rows, side * side, p.flat), **images}
 
 
 def _tiles(p: Pictures, names: set[str]) -> Batch | None:
@@ -195,8 +240,8 @@ def _beside(p: Pictures, names: set[str], pixels: Tensor) -> Batch | None:
 
 _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
     _grid, _grid_of_one_frame, _grid_of_images, _grid_of_images_in_a_row, _patches, _numbered_patches, _placed_patches,
-    _packed_strips, _tiles, _tiles_of_rows, _images, _images_without_sizes, _images_of_rows, _crops_of_rows,
-    _frames_of_rows, _patches_of_rows,
+    _placed_pools, _grid_of_tokens, _grid_of_sides, _pooled_patches, _packed_strips, _tiles, _tiles_of_rows, _images,
+    _images_without_sizes, _images_of_rows, _crops_of_rows, _frames_of_rows, _patches_of_rows, _frames_of_tokens,
 )  # fmt: skip
 
 
@@ -205,10 +250,12 @@ _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
 
 def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     """The batch: in each row some text, the image's tokens, and more text."""
-    token = image_token(model.config)
+    token, generator = image_token(model.config), torch.Generator().manual_seed(0)
     marked = token is not None or "image_embeds_position_mask" in names
+    if "qformer_input_ids" in names:  # text that the images are read with
+        words = torch.randint(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, (rows, _BEFORE), generator=generator)
+        images = images | {"qformer_input_ids": words}
     lengths = _tokens_of_images(model, images, rows) if marked else [0] * rows
-    generator = torch.Generator().manual_seed(0)
     width = TEXT + max(lengths)
     ids = torch.randint(ORDINARY_TOKENS.start, ORDINARY_TOKENS.stop, (rows, width), generator=generator)
     place = torch.zeros(rows, width, dtype=torch.bool)
@@ -226,8 +273,8 @@ def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     if "aspect_ratio_ids" in images:
         batch["cross_attention_mask"] = (~place)[:, :, None, None] & images["aspect_ratio_mask"].bool()[:, None]
         batch["cross_attention_mask"] = batch["cross_attention_mask"].long()
-    if "qformer_input_ids" in names:
-        batch["qformer_input_ids"] = ids[:, :_BEFORE]  # they come before the image
+    if "input_ids" not in names:  # the labels are all that its decoder reads
+        del batch["input_ids"]
     return batch
 
 
@@ -237,28 +284,37 @@ _PER_TOKEN: dict[str, Callable[[Tensor], Tensor]] = {
     "moe_mm_token_type_ids": lambda place: place.int(),
     "token_type_ids": lambda place: place.long(),
     "image_embeds_position_mask": lambda place: place,
+    "image_attention_mask": lambda place: place.new_ones((*place.shape, 1), dtype=torch.long),
     "bbox": lambda place: place.new_zeros((*place.shape, 4), dtype=torch.long),
 }
 
 
 def image_token(config: Any) -> int | None:
     """The token that stands for a part of an image, or None where a configuration names none."""
-    for part in (config, *parts(config)):
-        for name in ("image_token_id", "image_token_index", "image_patch_id"):
-            if isinstance(found := getattr(part, name, None), int):
-                return found
+    for names in (("image_token_id", "image_token_index", "image_patch_id"), ("video_token_id", "video_token_index")):
+        for part in (config, *parts(config)):
+            for name in names:
+                if isinstance(found := getattr(part, name, None), int):
+                    return found
     return None
+
+
+_FEATURES = ("get_image_features", "get_video_features")
 
 
 def _tokens_of_images(model: Any, images: Batch, rows: int) -> list[int]:
     """How many tokens each row's image stands for."""
-    owner = next((m for m in (getattr(model, "model", None), model) if hasattr(m, "get_image_features")), None)
-    if owner is None or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
+    owners = [(m, name) for name in _FEATURES for m in (getattr(model, "model", None), model) if hasattr(m, name)]
+    if not owners or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
         return [1] * rows
-    takes = set(inspect.signature(owner.get_image_features).parameters)
+    find = getattr(*owners[0])
+    takes = set(inspect.signature(find).parameters)
     with torch.no_grad():
-        found = owner.get_image_features(**{k: v for k, v in images.items() if k in takes})
-    found = getattr(found, "pooler_output", found)
+        found = find(**{k: v for k, v in images.items() if k in takes})
+    pooled = getattr(found, "pooler_output", found)
+    if pooled is None and found.last_hidden_state is None:
+        pooled = found.deepstack_features[0][1]  # of the first layer of the text that is given any
+    found = pooled if pooled is not None else found.last_hidden_state
     features = list(found) if isinstance(found, (list, tuple)) else [found]
     lengths = [f.numel() // f.shape[-1] for f in features]
     if any(f.dim() == 0 or not f.is_floating_point() for f in features):

@@ -23,12 +23,17 @@ KINDS = {
 """What kernels are called that compute it; the first that fits counts. All else is the rest."""
 
 
+PAUSES = 12
+"""How many of the busiest stream's longest pauses are listed."""
+
+
 class Kernel(NamedTuple):
     """One run of a kernel, copy or fill; microseconds."""
 
     name: str
     start: float
     end: float
+    stream: int = 0
 
 
 def split(kernels: Iterable[Kernel]) -> dict[str, float]:
@@ -59,6 +64,45 @@ def listed(kernels: Iterable[Kernel]) -> str:
     return "\n".join([f"{'ms':>10}{'calls':>8}{'µs each':>10}  kernel", *lines])
 
 
+def streams(kernels: Iterable[Kernel]) -> str:
+    """What each stream did, and how much of it while the busiest one did nothing: where arithmetic waits for copies.
+
+    Returns:
+        a line for each stream, the busiest first, and one for each of its longest pauses.
+    """
+    by_stream: dict[int, list[Kernel]] = defaultdict(list)
+    for kernel in sorted(kernels, key=lambda k: k.start):
+        by_stream[kernel.stream].append(kernel)
+    busy = {stream: sum(k.end - k.start for k in found) for stream, found in by_stream.items()}
+    order = sorted(by_stream, key=lambda stream: -busy[stream])
+    if not order:
+        return "nothing ran on the device"
+    begin = min(found[0].start for found in by_stream.values())
+    pauses: list[tuple[float, float, str, str]] = []
+    end, before = begin, "the beginning"
+    for kernel in by_stream[order[0]]:
+        if kernel.start > end:
+            pauses.append((end, kernel.start, before, kernel.name))
+        if kernel.end >= end:
+            end, before = kernel.end, kernel.name
+    idle = sum(b - a for a, b, *_ in pauses)
+    lines = [
+        f"stream {order[0]}: busy {busy[order[0]] / 1e3:.1f} of {(end - begin) / 1e3:.1f} ms, idle {idle / 1e3:.1f}"
+    ]
+    for stream in order[1:]:
+        found = by_stream[stream]
+        beside = sum(max(0.0, min(b, k.end) - max(a, k.start)) for a, b, *_ in pauses for k in found)
+        span = f"from {(found[0].start - begin) / 1e3:.1f} to {(max(k.end for k in found) - begin) / 1e3:.1f}"
+        lines.append(
+            f"stream {stream}: busy {busy[stream] / 1e3:.1f} ms {span}, {beside / 1e3:.1f} in pauses of the first; "
+            f"{found[0].name[:60]}"
+        )
+    for a, b, last, following in sorted(pauses, key=lambda p: p[0] - p[1])[:PAUSES]:
+        told = f"after {last[:50]}, before {following[:50]}"
+        lines.append(f"  pause {(b - a) / 1e3:9.2f} ms at {(a - begin) / 1e3:9.1f}, {told}")
+    return "\n".join(lines)
+
+
 def profiled(step: Callable[[], Any]) -> list[Kernel]:
     """What runs on the device during one step, behind another one that nobody waited for."""
     from torch.profiler import ProfilerActivity, profile
@@ -68,7 +112,7 @@ def profiled(step: Callable[[], Any]) -> list[Kernel]:
         step()
         torch.cuda.synchronize()
     found = [
-        Kernel(e.name, e.time_range.start, e.time_range.end)
+        Kernel(e.name, e.time_range.start, e.time_range.end, e.device_resource_id)
         for e in profiler.events()
         if e.device_type == torch.autograd.DeviceType.CUDA
     ]

@@ -168,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['first_step_s']:>9.1f}  {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
         )
         if "profile" in row:
-            lines.append(_profile_line(row["profile"], row["floor"]))
+            lines.append(_profile_line(row["profile"], row.get("floor", {})))
     return "\n".join(lines)
 
 

@@ -27,6 +27,20 @@ WITHOUT_UNSLOTH = ("inductor", OURS, "liger", "hf")
 
 TRUTH = ("float32",)
 """A step that others are checked against; recomputed, or 8B would not fit."""
+QWEN, LLAMA = "qwen2.5-vl-7b", "llama-3.2-11b-vision"
+"""An image of 1024 × 1024 in each row, and as much text beside it as the workload's length says."""
+OURS_OF_IMAGES = "ours:logits=drop"
+"""As our trainer runs it: steps with images are launched, not recorded."""
+OF_IMAGES = (OURS_OF_IMAGES, "unsloth", "hf")
+
+
+def _with_images(name: str, shape: str, mode: str) -> tuple[Work, ...]:
+    return (
+        Work(name, shape, mode, 2, 512, OF_IMAGES),
+        Work(f"{name}-checkpointing", shape, mode, 2, 512, ("unsloth",), "unsloth"),
+        Work(f"{name}-checkpointing", shape, mode, 2, 512, ("hf",), "hf"),
+    )
+
 
 SUITES: dict[str, tuple[Work, ...]] = {
     "peers": (
@@ -50,6 +64,12 @@ SUITES: dict[str, tuple[Work, ...]] = {
         Work("1b-full", "llama-1b", "full", 4, 2048, TRUTH, "hf"),
         Work("1b-full", "llama-1b", "full", 4, 2048, WITHOUT_UNSLOTH),
         Work("moe-lora", "qwen3-30b-a3b-12", "lora", 2, 2048, ("hf", OURS, "inductor")),
+    ),
+    "vision": (
+        *_with_images("qwen-lora", QWEN, "lora"),
+        *_with_images("qwen-qlora", QWEN, "qlora"),
+        *_with_images("llama-lora", LLAMA, "lora"),
+        *_with_images("llama-qlora", LLAMA, "qlora"),
     ),
 }
 """By name. Another suite is another entry."""

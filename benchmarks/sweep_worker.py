@@ -126,9 +126,16 @@ def looks(model: Any, batch: dict[str, Any], eager: Step) -> None:
     import torch
 
     pixels = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    others = {k: v.flip(-1) if k != "flattened_patches" else v * 1.5 for k, v in pixels.items()}
+    # The first two numbers of such a patch are its row and column.
+    others = {k: v.flip(-1) if k != "flattened_patches" else _other_patches(v) for k, v in pixels.items()}
     if step(model, model, {**batch, **others})[0] == eager[0]:
         raise ValueError("the loss does not depend on the images")
+
+
+def _other_patches(patches: Any) -> Any:
+    other = patches.flip(1) * -3
+    other[..., :2] = patches[..., :2]
+    return other
 
 
 def build(config: Any, family: str = "text") -> Any:

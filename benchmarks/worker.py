@@ -8,26 +8,46 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-SETTLING = 1.0
-"""Seconds in which a stopped system's device finishes what was launched."""
+
+def _models(name: str) -> Any:
+    """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
+    return _from(Path(__file__).parent.parent / "models" / f"{name}.py")
+
+
+def _beside(name: str) -> Any:
+    """A file that lies beside this one, which is no module of a package here."""
+    return _from(Path(__file__).parent / f"{name}.py")
+
+
+@functools.cache
+def _from(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where typing looks for annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+Turns = _beside("turns").Turns
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """That get adapters; of a mixture of experts the first four, because PEFT would make one for each expert."""
 RANK = 16
@@ -52,6 +72,28 @@ class Workload:
     turns: str | None = None
     """A folder that workers at one time share, see :class:`Turns`; None for one after the other."""
 
+    @property
+    def of_images(self) -> bool:
+        """Whether the shape is of ``benchmarks/vision_shapes.py``; ``seq`` then counts the text beside the image."""
+        return self.shape in _beside("vision_shapes").SHAPES
+
+    def config(self) -> Any:
+        """The model's configuration."""
+        return (_beside("vision_shapes") if self.of_images else _models("presets")).config(self.shape)
+
+    def inputs(self) -> dict[str, Any]:
+        """The batch of every step: random tokens, and an image in each row of a model that takes them."""
+        if self.of_images:
+            made = _beside("vision_shapes").batch(self.shape, self.batch, self.seq, _dtype(self))
+            return {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+        size = (self.batch, self.seq)
+        ids = torch.randint(self.config().vocab_size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+        return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+    def targets(self) -> Any:
+        """Which layers get adapters, as PEFT takes them."""
+        return _beside("vision_shapes").SHAPES[self.shape].adapted if self.of_images else LINEARS
+
 
 Forward = Callable[[dict[str, Any]], torch.Tensor]
 """The loss of a batch. Where backward has run already, it has no gradient."""
@@ -62,10 +104,15 @@ Forward = Callable[[dict[str, Any]], torch.Tensor]
 
 def _plain(work: Workload) -> nn.Module:
     """A random model of the shape, with what the mode trains, on transformers, PEFT and bitsandbytes alone."""
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
+    return _adapted(_base(work), work)
+
+
+def _base(work: Workload) -> nn.Module:
+    """The random model without adapters, its weights in 4 bits where the mode says so."""
+    model = _models("presets").build(work.config(), dtype=_dtype(work), device=work.device)
     if work.mode == "qlora":
-        _quantise(model)
-    return _adapted(model, work)
+        _quantise(model, _beside("vision_shapes").SHAPES[work.shape].unquantised if work.of_images else ("lm_head",))
+    return model
 
 
 def _adapted(model: nn.Module, work: Workload) -> nn.Module:
@@ -77,8 +124,10 @@ def _adapted(model: nn.Module, work: Workload) -> nn.Module:
         return model.train()
     from peft import LoraConfig, get_peft_model
 
-    linears = LINEARS[:4] if getattr(model.config, "num_experts", None) else LINEARS
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=linears, task_type="CAUSAL_LM")
+    names = work.targets()
+    if names is LINEARS and getattr(model.config, "num_experts", None):
+        names = LINEARS[:4]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=work.regime == "peft")  # type: ignore[arg-type]
     _randomise(adapted)
     return adapted.train()
@@ -92,9 +141,9 @@ def _randomise(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if "lora_A" in name else 0.01)
 
 
-def _quantise(model: nn.Module) -> None:
-    """NF4 with double quantisation in every linear layer of the blocks, in place."""
-    _models("quantise").quantise_nf4(model, compute_dtype=model.dtype)
+def _quantise(model: nn.Module, kept: tuple[str, ...] = ("lm_head",)) -> None:
+    """NF4 with double quantisation in every linear layer but those in ``kept``, in place."""
+    _models("quantise").quantise_nf4(model, compute_dtype=model.dtype, skip=kept)
 
 
 def hf(work: Workload) -> tuple[nn.Module, Forward]:
@@ -123,7 +172,18 @@ def ours(work: Workload) -> tuple[nn.Module, Forward]:
     """This project."""
     model = _plain(work)
     run = torch.compile(model, backend="unsloth", options=work.options)
-    return model, lambda batch: run(**batch).loss
+    if not work.of_images:
+        return model, lambda batch: run(**batch).loss
+    from unsloth.compiler.run import sizes_in_graph
+    from unsloth.runtime.image_shapes import ImageShapes
+
+    shapes = ImageShapes(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    def forward(batch: dict[str, Any]) -> torch.Tensor:
+        with sizes_in_graph():
+            return run(**shapes(batch)).loss
+
+    return model, forward
 
 
 def recorded(work: Workload) -> tuple[nn.Module, Forward]:
@@ -154,9 +214,7 @@ def trl(work: Workload) -> tuple[nn.Module, Forward]:
     """TRL's fused head, with the statistics that its SFTTrainer asks for."""
     from trl.trainer.utils import add_fused_lm_head
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
-    if work.mode == "qlora":
-        _quantise(model)
+    model = _base(work)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
     adapted = _adapted(model, work)
     return adapted, lambda batch: adapted(**batch, fused_lm_head=True).loss
@@ -166,9 +224,7 @@ def liger(work: Workload) -> tuple[nn.Module, Forward]:
     """Liger's kernels, applied to the instance."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
-    if work.mode == "qlora":
-        _quantise(model)
+    model = _base(work)
     _apply_liger_kernel_to_instance(model)
     adapted = _adapted(model, work)
     return adapted, lambda batch: adapted(**batch).loss
@@ -176,25 +232,27 @@ def liger(work: Workload) -> tuple[nn.Module, Forward]:
 
 def unsloth(work: Workload) -> tuple[nn.Module, Forward]:
     """The peer that has our import name, from its own target folder."""
-    from unsloth import FastLanguageModel  # before transformers, as it demands
+    import unsloth  # before transformers, as it demands
 
+    fast = unsloth.FastVisionModel if work.of_images else unsloth.FastLanguageModel  # pyright: ignore
+    checkpointing = {"none": False, "hf": True, "unsloth": "unsloth"}[work.checkpointing]
     with tempfile.TemporaryDirectory() as folder:
         _checkpoint(work, folder)
-        model, _ = FastLanguageModel.from_pretrained(
+        model, _ = fast.from_pretrained(
             folder,
-            max_seq_length=work.seq,
+            max_seq_length=_longest(work),
             dtype=_dtype(work),
             load_in_4bit=work.mode == "qlora",
             full_finetuning=work.mode == "full",
+            use_gradient_checkpointing=checkpointing,
         )
     if work.mode != "full":
-        checkpointing = {"none": False, "hf": True, "unsloth": "unsloth"}[work.checkpointing]
-        model = FastLanguageModel.get_peft_model(
+        model = fast.get_peft_model(
             model,
             r=RANK,
             lora_alpha=RANK,
             lora_dropout=0,
-            target_modules=LINEARS,
+            target_modules=work.targets(),
             use_gradient_checkpointing=checkpointing,
         )
         _randomise(model)
@@ -211,10 +269,14 @@ def _checkpoint(work: Workload, folder: str) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    model = _models("presets").build(work.shape, dtype=_dtype(work), device=work.device)
+    model = _models("presets").build(work.config(), dtype=_dtype(work), device=work.device)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3}, unk_token="<unk>"))
-    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    words = ["a", "<eos>", "<pad>", "<unk>"]
+    if work.of_images:
+        words += _beside("vision_shapes").write_processor(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    special: dict[str, Any] = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    special["additional_special_tokens"] = words[4:]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     del model
     if work.device == "cuda":
@@ -240,10 +302,7 @@ def measure(work: Workload) -> dict[str, Any]:
     model, forward = SYSTEMS[work.system](work)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    vocabulary = _models("presets").config(work.shape).vocab_size
-    ids = torch.randint(vocabulary, (work.batch, work.seq), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(work.device)
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    batch = work.inputs()
     autocast = work.regime == "peft" and work.mode != "full"
 
     def step() -> torch.Tensor:
@@ -292,7 +351,7 @@ def measure(work: Workload) -> dict[str, Any]:
         raise RuntimeError(f"grad_norm is {grad_norm}: the system is not training")
     median = statistics.median(seconds)
     return {
-        "tokens_per_s": work.batch * work.seq / in_a_row,
+        "tokens_per_s": batch["input_ids"].numel() / in_a_row,  # an image counts as the tokens that stand for it
         "ms_in_a_row": in_a_row * 1e3,
         "ms_median": median * 1e3,  # of steps that were waited for one by one
         "ms_min": min(seconds) * 1e3,
@@ -313,48 +372,14 @@ def _grad_norm(trained: list[nn.Parameter]) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-class Turns:
-    """Lets systems load and compile at one time, and each be timed alone: the others are stopped meanwhile.
-
-    In the folder lies a file per running worker, named by its process, and the log of who was alone when.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "log"
-        (folder / f"{os.getpid()}.pid").touch()
-        self.log.touch()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        with self.log.open("a") as log:
-            fcntl.flock(log, fcntl.LOCK_EX)
-            started = time.perf_counter()
-            self._signal(signal.SIGSTOP)
-            try:
-                time.sleep(SETTLING)
-                yield
-            finally:
-                self._signal(signal.SIGCONT)
-                log.write(f"{started} {time.perf_counter()}\n")
-
-    def stopped(self, start: float, end: float) -> float:
-        """Seconds between two times during which another worker was alone. The clock is the same in all processes."""
-        spans = [tuple(map(float, line.split())) for line in self.log.read_text().splitlines()]
-        return sum(max(0.0, min(end, b) - max(start, a)) for a, b in spans)
-
-    def _signal(self, which: signal.Signals) -> None:
-        for path in self.folder.glob("*.pid"):
-            if int(path.stem) != os.getpid():
-                with contextlib.suppress(ProcessLookupError):  # it is done
-                    os.kill(int(path.stem), which)
-
-
 def _profile(step: Callable[[], Any], model: nn.Module, work: Workload) -> dict[str, Any]:
     """Where one step's time goes, and the floor under it; the kernels go into the file that the workload names."""
     profiled = _beside("profiled")
     kernels = profiled.profiled(step)
-    Path(work.profile or os.devnull).write_text(profiled.listed(kernels))
-    return {"profile": profiled.split(kernels), "floor": profiled.floor(model, work.batch, work.seq)}
+    Path(work.profile or os.devnull).write_text(f"{profiled.streams(kernels)}\n\n{profiled.listed(kernels)}")
+    found = {"profile": profiled.split(kernels)}
+    # The floor's products are all of one length, and a tower sees more patches than the text has tokens.
+    return found if work.of_images else {**found, "floor": profiled.floor(model, work.batch, work.seq)}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -368,28 +393,13 @@ def environment(device: str) -> dict[str, Any]:
     return {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "versions": versions}
 
 
+def _longest(work: Workload) -> int:
+    """A length that every row keeps within."""
+    return work.seq + (4096 if work.of_images else 0)
+
+
 def _dtype(work: Workload) -> torch.dtype:
     return torch.bfloat16 if work.device == "cuda" else torch.float32
-
-
-def _models(name: str) -> Any:
-    """A file of models/ by its path: every system gets the same shapes and weights, without importing our package."""
-    return _from(Path(__file__).parent.parent / "models" / f"{name}.py")
-
-
-def _beside(name: str) -> Any:
-    """A file that lies beside this one, which is no module of a package here."""
-    return _from(Path(__file__).parent / f"{name}.py")
-
-
-def _from(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where typing looks for annotations
-    spec.loader.exec_module(module)
-    return module
 
 
 def serve(kind: Callable[..., Any], measure: Callable[[Any], dict[str, Any]]) -> None:

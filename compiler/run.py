@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..passes.rewrite import Recogniser
 from .backend import compile_graph
 from .options import Options
 from .report import GraphReport
+
+_UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+_CHECKS_IN_GRAPHS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 class BatchError(ValueError):
@@ -38,9 +43,50 @@ def sizes_in_graph() -> Iterator[None]:
     """Let Dynamo keep what is read off a tensor as a symbol: how many tokens an image has, which images are real.
 
     Otherwise such a number ends the graph. What compiles under it has to run under it.
+
+    PyTorch before 2.13 cannot put a check of a whole tensor into a graph that has such symbols (it forgets the one that
+    the check makes, and raises at the next node), so there transformers' checks are left out, as it offers to: that a
+    text has as many image tokens as there are features is what they ask.
     """
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        if _CHECKS_IN_GRAPHS:
+            yield
+            return
+        before = os.environ.get(_UNCHECKED)
+        os.environ[_UNCHECKED] = "1"
+        try:
+            with _symbols_in_texts():
+                yield
+        finally:
+            if before is None:
+                del os.environ[_UNCHECKED]
+            else:
+                os.environ[_UNCHECKED] = before
+
+
+@contextmanager
+def _symbols_in_texts() -> Iterator[None]:
+    """Let a message name a size that is only known when the graph runs, by its symbol: Dynamo asked for its value.
+
+    transformers writes such messages for its checks, before it knows whether they are needed.
+    """
+    from torch._dynamo.variables import lazy
+
+    text = getattr(lazy, "LazySymNodeFormatString", None)
+    if text is None:
         yield
+        return
+    known = text.__repr__
+
+    def named(self: Any) -> str:
+        number = self.sym_node_var.sym_num
+        return str(number) if free_unbacked_symbols(number) else known(self)
+
+    text.__repr__ = named
+    try:
+        yield
+    finally:
+        text.__repr__ = known
 
 
 def guards_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], bool] | None:

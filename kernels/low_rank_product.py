@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import Fresh, Launch, Tile, address, by_layout
+from .launch import Fresh, Launch, Tile, by_layout
 from .reasons import dtype_is
 
 BLOCK_K = 64
@@ -299,7 +299,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _addressable(x: Tensor) -> bool:
     """Whether rows start at multiples of 16 bytes: the accelerator's rule, and that of the widest loads."""
-    return address(x) % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _aligned_rows(x: Tensor) -> Tensor:
@@ -454,7 +454,7 @@ def _launch(a: Tensor, b: Tensor, p: Tensor, q: Tensor, bias: Tensor | None, *ot
     M, N, _, _ = operands.sizes()
     given = Operands(((a, b), *also), p, q, bias, operands.transposed).tensors()
     copies = [
-        None if x is None or y is None or address(x) == address(y) else _copier(i, operands.transposed)
+        None if x is None or y is None or x.data_ptr() == y.data_ptr() else _copier(i, operands.transposed)
         for i, (x, y) in enumerate(zip(given, operands.tensors(), strict=True))
     ]
     if (

@@ -6,12 +6,11 @@ own included. A query that sees no key gets zeros, as in PyTorch's attention, an
 like q, and lse [batch, heads, queries] as there; that of a query that sees no key is any number at which its
 probabilities exp(-inf - lse) are zero.
 
-The scores are never stored, the mask is, once for all layers that share it. The memory-efficient kernel (Rabe & Staats
-2021, arXiv:2112.05682) on CUDA: FlashAttention-2 takes no mask, and what cuDNN makes of a query that sees no key, of
-which padding on the left has many, is not documented. It has one key head per query head, so those are written out for
-the call, and only for it. On the CPU PyTorch's flash kernel, or the
-formula where the mask wants a gradient. Hidden scores are computed too: :mod:`attention` is up to twice as fast where
-the mask is known to be causal.
+The scores are never stored, the mask is, once for all layers that share it. cuDNN on the devices where :mod:`attention`
+takes it, elsewhere on CUDA the memory-efficient kernel (Rabe & Staats 2021, arXiv:2112.05682), as FlashAttention-2
+takes no mask. That one has one key head per query head, so those are written out for the call, and only for it. On the
+CPU PyTorch's flash kernel, or the formula where the mask wants a gradient. Hidden scores are computed too:
+:mod:`attention` is up to twice as fast where the mask is known to be causal.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ aten = torch.ops.aten
 
 _ROWS_OF_LSE = 32
 """The memory-efficient kernel's backward reads as many at a time."""
+_HIDDEN = -1e30
+"""Added to a score, leaves nothing of its probability; sums with it stay finite."""
 _ALIGNED = 16
 """Elements to which it wants the rows of a mask aligned."""
 
@@ -111,6 +112,25 @@ def _for_cuda(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return mask.expand(*q.shape[:3], k.shape[2])
 
 
+def _by_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> bool:
+    """Whether cuDNN's kernel runs: more than twice as fast where there is one."""
+    if q.device.type != "cuda" or q.shape[-1] != v.shape[-1] or libraries.dtype_or_width_problem(q, v) is not None:
+        return False
+    return libraries.cudnn_is_best(q, k, v)
+
+
+def _for_cudnn(mask: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask as one that is added [batch, 1 or heads, queries, keys], and which queries see no key.
+
+    -inf becomes a number that hides as well: what cuDNN makes of a query all of whose scores are -inf is not
+    documented. Of equal numbers the softmax is finite, and its result is put to zero as the contract has it.
+    """
+    mask = _four_dimensional(mask, q)
+    blind = (mask == float("-inf")).all(-1, keepdim=True)
+    bias = mask.clamp(min=_HIDDEN).expand(-1, -1, q.shape[2], k.shape[2]).contiguous()
+    return bias.expand(q.shape[0], -1, -1, -1), blind
+
+
 def _heads_of_one_size(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As the memory-efficient kernel wants them: as many of keys and values as of queries."""
     repeats = q.shape[1] // k.shape[1]
@@ -123,6 +143,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tup
         return _reference(q, k, v, mask, scale)
     if q.device.type == "cpu":
         return libraries.forward("cpu", q, k, v, False, scale, None, _for_cpu(mask, q, k))
+    if _by_cudnn(q, k, v, mask):
+        bias, blind = _for_cudnn(mask, q, k)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
+            *map(libraries.readable, (q, k, v)), bias, True, 0.0, False, False, scale=scale
+        )
+        return length_major(out.masked_fill(blind, 0.0)), exactly_contiguous(lse.reshape(q.shape[:3]))
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         *_heads_of_one_size(q, k, v), _for_cuda(mask, q, k), True, scale=scale
     )
@@ -147,6 +173,14 @@ def _backward(
         added = _for_cpu(mask, q, k)
         return *libraries.backward("cpu", grad, q, k, v, out, lse, False, scale, None, added, of_inputs), None
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # the random state of dropout
+    if _by_cudnn(q, k, v, mask) and not needs[3]:
+        (bias, blind), unused = _for_cudnn(mask, q, k), unused.view(1)
+        found = aten._scaled_dot_product_cudnn_attention_backward(
+            length_major(grad.masked_fill(blind, 0.0)), *map(libraries.readable, (q, k, v)), length_major(out),
+            exactly_contiguous(lse).unsqueeze(-1), unused, unused, bias, None, None, q.shape[2], k.shape[2], 0.0,
+            False, scale=scale,
+        )  # fmt: skip
+        return *(length_major(g) if need else None for g, need in zip(found, needs, strict=False)), None
     padded = pad(lse, (0, -q.shape[2] % _ROWS_OF_LSE), value=float("inf"))
     *gradients, of_mask = aten._scaled_dot_product_efficient_attention_backward(
         length_major(grad), *_heads_of_one_size(q, k, v), _for_cuda(mask, q, k), length_major(out), padded,

@@ -151,21 +151,22 @@ def config(name: str) -> PreTrainedConfig:
 
 
 def build(
-    name: str,
+    name: str | PreTrainedConfig,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model of a preset's shape with random weights, in training mode.
+    """A model of a preset's shape with random weights, in training mode.
 
     Weights are made on ``device`` and in ``dtype`` (an 8B model never exists in float32 or in host memory). Norm
     weights and biases, which initialisation would leave at one and zero, get noise as well: only then does a test
     notice when one of them is forgotten.
 
     Args:
-        name: a key of :data:`SHAPES`, perhaps with a number of layers, as :func:`config` takes it.
+        name: a key of :data:`SHAPES`, perhaps with a number of layers, as :func:`config` takes it; or any
+            configuration, of a model of images and text as well.
         attn_implementation: "sdpa", "eager", …; None is transformers' own choice, which is "sdpa" wherever the
             architecture has it (Gemma 2 caps its scores and has not).
         seed: of the weights; the caller's random state is left as it was.
@@ -173,12 +174,13 @@ def build(
     Raises:
         KeyError: for a name that is not in :data:`SHAPES`.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    settings = config(name)
+    settings = config(name) if isinstance(name, str) else name
+    kind = AutoModelForImageTextToText if hasattr(settings, "vision_config") else AutoModelForCausalLM
     with torch.random.fork_rng(devices=_cuda_index(device)), torch.device(device):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
+        model = kind.from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
         for parameter in model.parameters():
             _with_noise(parameter)
     return model.train()

@@ -94,12 +94,13 @@ _RULES: list[tuple[str, Callable[[int, Widths], int]]] = [
     (_LAYERS, lambda v, w: min(v, w.layers)),
     (r"max_window_layers", _at_most(1)),
     (r"(mamba_n_heads|mamba_num_heads|n_mamba_heads)", _state_heads),
+    (r"d_kv", lambda v, w: w.head_width(v)),
     (r"num_heads", lambda v, w: _state_heads(v, w) if w.expand else min(v, HEADS)),
     (r"\w*(key_value|kv|query_groups|kv_n)_?(heads)?", lambda v, w: w.groups(v)),
     (r"linear_num_key_heads", _at_most(2)),
     (r"\w*(attention_heads(_per_layer)?|n_heads?|num_heads|num_value_heads)", _at_most(HEADS)),
     (r"mamba_d_head|mamba_head_?dim|mamba_headdim", _at_most(HEAD_DIM)),
-    (r"qk_head_dim|index_head_dim", _at_most(2 * HEAD_DIM)),
+    (r"qk_head_dim|index(er)?_head_dim", _at_most(2 * HEAD_DIM)),
     (r"(qk_nope|qk_rope|v|swa|linear|linear_\w+)_head_dim|rotary_dim|attention_head_size", _at_most(HEAD_DIM)),
     (r"\w*(head_dim|head_size|d_head|dim_head|d_kv|kv_channels)", lambda v, w: w.head_width(v)),
     (r"\w*(num|routed|local)_experts|moe_num_experts", _at_most(EXPERTS)),
@@ -121,6 +122,12 @@ _NOISE = re.compile(r"\w*(drop|jitter)\w*")
 _OPEN = {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
 _OPEN |= {"image_token_id": ORDINARY_TOKENS.stop, "image_token_index": ORDINARY_TOKENS.stop}
 _OPEN |= {"num_experts": EXPERTS, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_OPEN |= {"video_token_index": ORDINARY_TOKENS.stop + 1, "video_token_id": ORDINARY_TOKENS.stop + 1}
+_OPEN |= {"top_k_experts": 2, "moe_intermediate_size": WIDTH // 2}
+_OPEN |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 2 * HEAD_DIM, "indexer_budget": _WINDOW}
+_OPEN |= {"indexer_compress_ratio": 2}
+# What a configuration may not know of at all although its model asks for it.
+_UNKNOWN = {"pad_token_id": 0, "decoder_start_token_id": 1, "vision_start_token_id": ORDINARY_TOKENS.stop + 2}
 
 
 @dataclass(frozen=True)
@@ -212,9 +219,14 @@ def shrink(config: Any, way: Way = Way()) -> Any:
     if "default_language" in fields and fields["default_language"] is None:
         result["default_language"] = fields["languages"][0]
     try:
-        return type(config)(**special, **result)
+        made = type(config)(**special, **result)
     except Exception:  # noqa: BLE001  not every attribute is an argument
-        return type(config)(**result)
+        made = type(config)(**result)
+    if way.pictures is not None and way.fill:
+        for name, value in _UNKNOWN.items():
+            if not hasattr(made, name):
+                setattr(made, name, value)
+    return made
 
 
 def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, way: Way) -> Any:
@@ -223,20 +235,26 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
     if hasattr(value, "model_type"):
         return shrink(value, way)
     if way.pictures is not None:
-        known, new = way.pictures.field(name, value, widths.fields, kept)
+        known, new = way.pictures.field(name, value, widths, kept, way.fill)
         if known:
             return new
     if isinstance(value, dict):
+        new = _dictionary(value, widths)
         if way.pictures is not None and way.fill and name == "rope_parameters" and "mrope_section" not in value:
             turned = value.get("partial_rotary_factor") or widths.fields.get("partial_rotary_factor") or 1.0
-            value = value | {"mrope_section": _sections_of(int(widths.head_dim * turned))}
-        return _dictionary(value, widths)
+            new = new | {"mrope_section": _sections_of(int(widths.head_width(widths.head_dim) * turned))}
+        return new
     if isinstance(value, (list, tuple)):
         if _is_index_list(value, count):
             return type(value)(new for new, old in enumerate(kept) if old in value)
         thinned = [value[i] for i in kept] if _is_per_layer(value, count) else value
         return type(value)(_number(name, v, widths) for v in thinned)
     if value is None and way.fill:
+        kinds = widths.fields.get("layer_types") or ()
+        if name == "sliding_window" and (
+            "num_sliding_attention_heads" in widths.fields or any("sliding" in k for k in kinds)
+        ):
+            return _WINDOW
         kinds = {"layer_types": "full_attention", "mlp_layer_types": "sparse"}
         return [kinds[name]] * len(kept) if name in kinds else _OPEN.get(name)
     return _number(name, value, widths)

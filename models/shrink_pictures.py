@@ -12,6 +12,9 @@ from typing import Any
 
 _UNDECIDED = object()
 _VISIBLE = 1e-3  # standard deviation of weights, below which a tower's output is lost in rounding
+_DISAGREE = {"downsample_channels"}  # whose default does not fit to those of its neighbours
+_CODES = 32  # words that stand for pieces of images, where images are words
+_IMAGE = 100  # of models/shrink.py: the first special token
 _TO_TEXT = re.compile(r"out_hidden_size|text_hidden_size|decoder_hidden_size|projection_dim")
 _FEATURES = re.compile(r"(\w+_)?feature_layers?|insert_layer_id|spatial_vision_layer")
 
@@ -23,27 +26,49 @@ class Pictures:
     Attributes:
         side: patches along the side of an image.
         text_width: hidden size of the text's part, once it is shrunk.
-        ratio: of the new image size to the old one.
+        tile: pixels along the side of an image.
     """
 
     side: int
     text_width: int
-    ratio: float
+    tile: int
 
-    def field(self, name: str, value: Any, fields: dict[str, Any], kept: list[int]) -> tuple[bool, Any]:
+    def field(self, name: str, value: Any, widths: Any, kept: list[int], fill: bool) -> tuple[bool, Any]:
         """Whether a rule is for this field, and its new value.
 
         Args:
-            fields: its neighbours, not shrunk.
+            widths: of its part of the configuration (``Widths`` of models/shrink.py), neighbours not shrunk included.
             kept: numbers of the layers that its part of the configuration keeps.
+            fill: give fields that are None a value.
         """
-        new = self._field(name, value, fields, kept)
+        new = self._open(name, widths.fields) if fill and (not value or name in _DISAGREE) else _UNDECIDED
+        if new is _UNDECIDED:
+            new = self._field(name, value, widths, kept)
         return new is not _UNDECIDED, new
 
-    def _field(self, name: str, value: Any, fields: dict[str, Any], kept: list[int]) -> Any:
+    def _open(self, name: str, fields: dict[str, Any]) -> Any:
+        """What a default configuration leaves open about images although its model wants a value."""
+        if name == "vocabulary_map":  # pictures as words of a text
+            codes = {f"<|visual token {code:06d}|>": code for code in range(_CODES)}
+            letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+            codes |= {f"IMGIMG{str(code).translate(letters)}Z": code for code in range(_CODES)}
+            return {"<image>": _IMAGE, "<|extra_200|>": _IMAGE + 1, **codes}
+        if name == "downsample_rate":
+            return "1/2"
+        if name == "deepstack_layer_map":
+            return [[0, 0]]
+        if name == "downsample_channels":  # the last as wide as the encoder that reads them
+            return [16, self.text_width]
+        if name == "rope_parameters" and (kinds := fields.get("layer_types")):
+            return {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in kinds}
+        return _UNDECIDED
+
+    def _field(self, name: str, value: Any, widths: Any, kept: list[int]) -> Any:
+        fields = widths.fields
         patch = _first(fields.get("patch_size"))
         if name.endswith("grid_pinpoints"):
-            return [[max(1, round(size * self.ratio)) for size in pair] for pair in value]
+            tile = min(size for pair in value for size in pair)
+            return [[max(1, size * self.tile // tile) for size in pair] for pair in value]
         if name == "image_size" and value and patch:
             return _each(value, lambda size: min(size, self.side * patch))
         if name == "window_size" and patch and isinstance(value, int) and value % patch == 0:
@@ -59,8 +84,31 @@ class Pictures:
             return {self.side**2: 4}
         if name == "base_channels":
             return min(value, 32)  # the groups of a group norm
+        if name == "image_patch_id":
+            return _IMAGE
+        if name == "hidden_size" and "base_channels" in fields and "channel_multiplier" in fields:
+            return min(fields["base_channels"], 32) * fields["channel_multiplier"][-1]
+        if name in ("latent_query_num", "num_embeddings"):
+            return min(value, 16 if name == "latent_query_num" else _CODES)
+        if name == "codebook_size":
+            return min(value, _CODES)
+        if name.endswith("_token_offset"):  # where a range of codes begins: those of images, then those of sounds
+            return _CODES * (1 + (not name.startswith("image")))
+        if name == "spatial_target_layers":
+            return [layer % len(kept) for layer in range(len(value))]
+        if re.fullmatch(r"post_conv_\w+_channels", name):
+            return widths.proportional(value)
+        if "pixel_shuffle_ratio" in fields and "projector_input_dim" in fields:
+            if name == "intermediate_size":  # what is shuffled together
+                return round(widths.proportional(widths.hidden) / fields["pixel_shuffle_ratio"] ** 2)
+            if name in ("projector_input_dim", "projector_output_dim", "vision_output_dim"):
+                return self.text_width
         if name == "patch_embed_hidden_size":
             return value  # numbers of a flattened patch
+        if name in ("pos_emb_height", "pos_emb_width") or (
+            name == "max_position_embeddings" and "pos_emb_height" in fields
+        ):
+            return value  # sides of a table of positions, and their product
         if name == "index_kpool":
             return min(value, 2)
         if _TO_TEXT.fullmatch(name) and isinstance(value, int):
@@ -81,8 +129,8 @@ def pictures_of(config: Any, side: int, text: Any) -> Pictures:
     for part in (getattr(config, "vision_config", None), *inside, config):
         size, patch = _first(getattr(part, "image_size", None)), _first(getattr(part, "patch_size", None))
         if size and patch:
-            return Pictures(side, text.proportional(text.hidden), min(1.0, side * patch / size))
-    return Pictures(side, text.proportional(text.hidden), 1.0)
+            return Pictures(side, text.proportional(text.hidden), min(size, side * patch))
+    return Pictures(side, text.proportional(text.hidden), side)
 
 
 def _each(value: Any, rule: Any) -> Any:

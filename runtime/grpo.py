@@ -110,8 +110,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             function if isinstance(function, nn.Module) else checked(function, name, reward_errors)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
-        self._step_of = self._evaluation = policy_step
-        self._step_of_row, self._score = packed_policy_step, score
+        self._step_of: Any = policy_step
+        self._evaluation: Any = policy_step
+        self._step_of_row: Any = packed_policy_step
+        self._score: Any = score
         if compile:
             self._step_of_row = Replanned(packed_policy_step, self.options, self._reports, tokens=_tokens_given)
             self._step_of = Replanned(policy_step, self.options, self._reports, tokens=_tokens_given)

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 PACKED = "unsloth_flash_packed"
 """The attention's name; transformers gives offsets to one that is called flash."""
 
-_GRID = "image_grid_thw"
+_GRID, _SIZES = "image_grid_thw", "image_sizes"
+_IMAGES = 4
+"""Dimensions of pixels that are whole images, [images, colours, height, width]."""
 _VARYING = {"pixel_values": (0,), "input_ids": (1,), "labels": (1,), "attention_mask": (1,), "position_ids": (-1,)}
 _VARYING |= {"mm_token_type_ids": (1,), "token_type_ids": (1,), "image_position_ids": (0,), "image_window_index": (0,)}
-_VARYING |= {"image_cu_window_seqlens": (0,)}
+_VARYING |= {"image_cu_window_seqlens": (0,), "image_interp_indices": (0,), "image_interp_weights": (0,)}
 
 
 def packed_attention(
@@ -77,7 +79,7 @@ class ImageShapes:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         inner = getattr(model, "model", None)
-        self.owner = inner if hasattr(inner, "get_image_features") else model
+        self.owner: Any = inner if hasattr(inner, "get_image_features") else model
         self.tower: Any = getattr(getattr(model, "config", None), "vision_config", None)
         self.checked = self.called = False
         self.outside = True
@@ -89,13 +91,18 @@ class ImageShapes:
             batch: what the model takes; ``image_grid_thw``, [images, 3], on the CPU or the device.
         """
         ready = dict(batch)
+        sizes = batch.get(_SIZES)
         if isinstance(batch.get(_GRID), Tensor) and self.outside:
             values = self._values(batch)
-            if not self.checked:
-                self.outside = self._agrees(batch, values)
-                self.checked = True
-            if self.outside:
+            if self._taken(batch, values):
+                self._count(batch)
                 ready |= values | self._positions(batch)
+        elif isinstance(sizes, Tensor) and batch["pixel_values"].dim() == _IMAGES and self.outside:
+            # Plain numbers: what first differs between two batches becomes a symbol of the graph.
+            values = {_SIZES: [tuple(size) for size in sizes.tolist()]}
+            if self._taken(batch, values):
+                ready |= values
+                torch._dynamo.maybe_mark_dynamic(batch["pixel_values"], [2, 3])
         elif "pixel_values" in batch and not self.called:
             # transformers hooks a tower's layers at its first call, under a lock that no graph can hold.
             self.called = True
@@ -105,6 +112,13 @@ class ImageShapes:
             if isinstance(found := ready.get(name), Tensor):
                 torch._dynamo.maybe_mark_dynamic(found, [d % found.dim() for d in dims if d < found.dim()])
         return ready
+
+    def _taken(self, batch: Mapping[str, Any], values: dict[str, Any]) -> bool:
+        """Whether the model takes the values; the first batch says so."""
+        if not self.checked:
+            self.outside = self._agrees(batch, values)
+            self.checked = True
+        return self.outside
 
     def _values(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What towers compute from the grid, by the names under which their model passes it on to them."""
@@ -120,7 +134,37 @@ class ImageShapes:
                 index, offsets = vision_utils.get_vision_window_index(grid, merge, window, tower.patch_size)
                 values |= {"window_index": index.to(grid.device), "cu_window_seqlens": offsets}
                 values["max_window_seqlen"] = offsets.diff().max()
+            values |= self._table(grid, merge)
         return {f"image_{name}": value for name, value in values.items()}
+
+    def _table(self, grid: Tensor, merge: int) -> dict[str, Tensor]:
+        """Which places of a learnt table of positions each patch reads, and by how much, where a tower has one."""
+        from transformers import vision_utils
+
+        names = ("num_grid_per_side", "interpolation_mode", "interpolation_align_corners")
+        owner = next((m for m in self.owner.modules() if all(hasattr(m, name) for name in names)), None)
+        find = getattr(vision_utils, "get_vision_interpolation_indices_and_weights", None)
+        if owner is None or find is None:
+            return {}
+        side, mode, corners = (getattr(owner, name) for name in names)
+        places = find(grid, num_grid_per_side=side, mode=mode, align_corners=corners, spatial_merge_size=merge)
+        return dict(zip(("interp_indices", "interp_weights"), places, strict=True))
+
+    def _count(self, batch: Mapping[str, Any]) -> None:
+        """See to it that the text has as many image tokens as its images have features.
+
+        transformers asks the same in forward, where a compiled graph would wait for the answer.
+
+        Raises:
+            ValueError: with both numbers.
+        """
+        token = getattr(getattr(self.owner, "config", None), "image_token_id", None)
+        merge = getattr(self.tower, "spatial_merge_size", None)
+        if not isinstance(token, int) or not isinstance(merge, int) or batch.get("input_ids") is None:
+            return
+        tokens, features = int((batch["input_ids"] == token).sum()), int(batch[_GRID].prod(-1).sum()) // merge**2
+        if tokens != features:
+            raise ValueError(f"the text has {tokens} image tokens, its images have {features} features")
 
     def _positions(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The text's positions in time, height and width, where the model would compute them in forward."""
@@ -153,7 +197,7 @@ class ImageShapes:
 
     def _features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         find: Any = self.owner.get_image_features  # type: ignore[union-attr]
-        given = {name: value for name, value in batch.items() if name in ("pixel_values",) or name.startswith("image_")}
+        given = {name: value for name, value in batch.items() if name == "pixel_values" or name.startswith("image_")}
         with torch.no_grad():
             found = find(**given)
         found = getattr(found, "pooler_output", found)

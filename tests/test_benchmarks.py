@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForImageTextToText
 
-from benchmarks import profiled, step, suites, table, worker
+from benchmarks import profiled, step, suites, table, vision_shapes, worker
+from unsloth.models.parts import places
 from unsloth.models.presets import SHAPES
 
 TINY = ["--shape", "tiny-llama", "--batch", "2", "--seq", "16", "--device", "cpu", "--steps", "2", "--warmup", "1"]
@@ -49,6 +53,30 @@ def test_systems_are_checked_against_float32(tmp_path: Path) -> None:
     loss, gradient = step.deviations([rows[0], wrong])
     assert loss.startswith("hf: loss of the first step") and gradient.startswith("hf: grad_norm")
     assert step.deviations([rows[0], {**rows[1], "first_grad_norm": norm * 1.03}]) != []
+
+
+@pytest.mark.parametrize("shape", ["tiny-qwen2.5-vl", "tiny-llama-vision"])
+def test_models_of_images_are_measured_and_equal_in_loss(tmp_path: Path, shape: str) -> None:
+    rows = run(tmp_path / "rows.json", "hf,ours:lowering=eager:logits=drop:strict=true", "--shape", shape)
+    assert [r.get("error") for r in rows] == [None, None], rows
+    assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=1e-5)
+    assert rows[0]["trained_parameters"] == rows[1]["trained_parameters"] > 0
+
+
+@pytest.mark.parametrize("shape", vision_shapes.SHAPES)
+def test_adapters_are_on_every_layer_of_language_model_and_tower(shape: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(vision_shapes.config(shape))
+    layers = {name: place.part for name, place in places(model).items()}
+    adapted = {name for name in layers if re.fullmatch(vision_shapes.SHAPES[shape].adapted, name)}
+    assert adapted == {name for name, part in layers.items() if part != "projector" and "merger" not in name}
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [("qwen2.5-vl-7b", 37 * 37 + 2), ("llama-3.2-11b-vision", 1)])
+def test_an_image_counts_as_the_tokens_that_stand_for_it(shape: str, tokens: int) -> None:
+    made = vision_shapes.batch(shape, 2, 512, torch.bfloat16)
+    assert made["input_ids"].shape == (2, 512 + tokens) and made["pixel_values"].dtype == torch.bfloat16
+    assert ((made["labels"] == -100).sum(1) == tokens).all()
 
 
 def test_a_failure_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
@@ -118,7 +146,7 @@ class Recorded:
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_suites_name_what_there_is(suite: str) -> None:
     for work in suites.SUITES[suite]:
-        assert work.shape in SHAPES and work.mode in ("lora", "qlora", "full")
+        assert work.shape in {**SHAPES, **vision_shapes.SHAPES} and work.mode in ("lora", "qlora", "full")
         for system in work.systems:
             step.parse_system(system)
 
@@ -158,7 +186,7 @@ def test_systems_at_one_time_are_timed_alone(tmp_path: Path) -> None:
 
 
 def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "SETTLING", 0.2)
+    monkeypatch.setattr(sys.modules[worker.Turns.__module__], "SETTLING", 0.2)
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         (tmp_path / f"{other.pid}.pid").touch()
@@ -173,6 +201,20 @@ def test_a_stopped_worker_does_not_count_the_time(tmp_path: Path, monkeypatch: p
     finally:
         other.kill()
         other.wait()
+
+
+def test_a_profile_says_which_copies_arithmetic_waits_for() -> None:
+    kernels = [
+        ("mm", 0, 10_000, 7),
+        ("glu", 15_000, 20_000, 7),
+        ("DtoH", 2_000, 12_000, 9),
+        ("DtoH", 16_000, 17_000, 9),
+    ]
+    first, second, pause = profiled.streams(profiled.Kernel(*k) for k in kernels).splitlines()
+    assert first == "stream 7: busy 15.0 of 20.0 ms, idle 5.0"
+    assert second == "stream 9: busy 11.0 ms from 2.0 to 17.0, 2.0 in pauses of the first; DtoH"
+    assert pause.split() == ["pause", "5.00", "ms", "at", "10.0,", "after", "mm,", "before", "glu"]
+    assert profiled.streams([]) == "nothing ran on the device"
 
 
 def test_a_profile_is_split_by_what_kernels_compute() -> None:

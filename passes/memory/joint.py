@@ -141,9 +141,12 @@ def inputs(node: fx.Node) -> list[fx.Node]:
 def is_view(node: fx.Node) -> bool:
     """Whether a value is its operator's input in another arrangement."""
     target = maker(node).target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    return any(r.alias_info is not None for r in target._schema.returns)
+    return isinstance(target, torch._ops.OpOverload) and _shows_its_input(target)
+
+
+@functools.cache
+def _shows_its_input(target: torch._ops.OpOverload) -> bool:
+    return not target._schema.is_mutable and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def base(node: fx.Node) -> fx.Node:

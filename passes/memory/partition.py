@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -228,5 +229,9 @@ def _host_bytes() -> int:
 
 
 def half_of_host_memory() -> int:
-    """Half of this machine's memory, in whole GiB."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // 2**30 * 2**30
+    """Half of this machine's memory, or of what its control group leaves the process (in a container), in whole GiB."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it says "max"
+            memory = min(memory, int(Path(limit).read_text()))
+    return memory // 2 // 2**30 * 2**30

@@ -98,6 +98,9 @@ class _Body:
             for source in node.all_input_nodes:
                 self._source(source)
             self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
+            for member in node.users:  # right behind it, as whoever takes an operator apart expects
+                if member.target is operator.getitem and member in self.inside:
+                    self._copy(member)
         return self.env[node]
 
     def _source(self, node: fx.Node) -> None:

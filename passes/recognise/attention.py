@@ -23,7 +23,7 @@ from ...kernels.operator import Operator
 from ...kernels.packed_attention import cu_seqlens, extents, packed_attention
 from ...kernels.sink_attention import masked_sink_attention, packed_sink_attention, sink_attention
 from ..rewrite import Call, Match, Miss, source_line, value
-from . import softmax_attention
+from . import outer_mask, softmax_attention
 from .indexing import Shape, arguments, inside, integer, operand_of, shape_of
 from .mask import Causal, Kept, Mask, prove
 from .softmax_attention import Parts
@@ -89,6 +89,10 @@ class Attention:
         if parts.cap is not None and (reason := _cap_problem(mask, kept)):
             return Miss(reason, node, source_line(node), 2)
         k, v, inner = _stored(k, v, value(q).shape[1])
+        if isinstance(mask, Kept) and (wide := _as_channels(parts, k)) is not None:
+            args = *wide, v, False, parts.scale, None
+            variant = ", ".join(filter(None, ("outer product in a channel", parts.variant)))
+            return Match(attention, args, {node: 0}, parts.interior | inner, variant)
         if kept or isinstance(mask, Kept):
             target, args = _explicit(parts, k, v)
         else:
@@ -112,6 +116,14 @@ def _mask_problem(mask: Mask, parts: Parts) -> str | None:
     if per_row or isinstance(batch, int):
         return None
     return f"{mask}: one row of documents for a batch of unknown size, {KEPT}"
+
+
+def _as_channels(parts: Parts, k: fx.Node) -> tuple[Call, Call] | None:
+    """q and k with the mask in channels of their own, where a kernel takes them so."""
+    q = value(parts.q)
+    if parts.sinks is not None or parts.cap is not None or (q.is_cuda and q.dtype == torch.float32):
+        return None
+    return outer_mask.widened(parts.q, k, parts.mask)
 
 
 def _cap_problem(mask: Mask | Kept, kept: str | None) -> str | None:

@@ -19,7 +19,7 @@ from unsloth.compiler.run import compiled, sizes_in_graph
 from unsloth.passes.recognise.attention import Attention
 from unsloth.runtime.image_shapes import PACKED, ImageShapes, packed_attention
 
-BATCHES, GRAPHS, ROWS, PATCH = 50, 4, 2, 14
+BATCHES, GRAPHS, ROWS = 50, 4, 2
 COMPARED = 10
 """Of the batches; each takes a step in eager as well."""
 
@@ -45,10 +45,10 @@ def _text(model: nn.Module, lengths: list[int], seed: int) -> dict[str, Any]:
 
 def _patches(model: nn.Module, seed: int) -> dict[str, Any]:
     """As Qwen2.5-VL takes images: the patches of all of them in one row, and their grid."""
-    draw = random.Random(seed)
+    draw, patch = random.Random(seed), model.config.vision_config.patch_size  # type: ignore[union-attr]
     grid = torch.tensor([[1, 2 * draw.randint(1, 5), 2 * draw.randint(1, 5)] for _ in range(ROWS)])
     count = int(grid.prod(-1).sum())
-    pixels = torch.randn(count, 2 * 3 * PATCH**2, generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randn(count, 2 * 3 * patch**2, generator=torch.Generator().manual_seed(seed))
     return {**_text(model, (grid.prod(-1) // 4).tolist(), seed), "pixel_values": pixels, "image_grid_thw": grid}
 
 
@@ -62,7 +62,10 @@ def _squares(model: nn.Module, seed: int) -> dict[str, Any]:
     return {**batch, "pixel_values": images, "pixel_attention_mask": torch.ones(ROWS, 1, pixels, pixels).long()}
 
 
-@pytest.mark.parametrize(("name", "make"), [("qwen2_5_vl", _patches), ("idefics3", _squares)])
+CASES = [("qwen2_5_vl", _patches), ("qwen3_vl", _patches), ("idefics3", _squares)]
+
+
+@pytest.mark.parametrize(("name", "make"), CASES)
 def test_random_sizes_share_few_graphs(name: str, make: Any) -> None:
     model, *_ = sweep_worker.runnable(name, "vision")
     shapes = ImageShapes(model)
