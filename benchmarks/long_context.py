@@ -108,7 +108,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure a step, and under another budget where that is asked for."""
-    arguments = argparse.ArgumentParser("benchmarks.long_context", description=__doc__.split("\n")[0])
+    arguments = argparse.ArgumentParser("benchmarks.long_context", description=(__doc__ or "").split("\n")[0])
     arguments.add_argument("--shape", default="llama-8b", help="a preset of models/presets.py")
     arguments.add_argument("--layers", type=int, help="of the shape, in place of all")
     arguments.add_argument("--lora", action="store_true", help="weights in bf16, in place of NF4")

@@ -161,21 +161,21 @@ def measure(step: Step) -> dict[str, Any]:
     def once() -> dict[str, Any]:
         optimiser.zero_grad(set_to_none=True)
         start, before = now(), compiling()
-        begin, middle = (torch.cuda.Event(enable_timing=True) if cuda else None for _ in range(2))
-        if begin is not None:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        for begin in events[:1]:
             begin.record()
         loss = run(input_ids=ids, labels=ids, use_cache=False).loss
         of_forward, forward = compiling() - before, time.perf_counter() - start
         tell(f"forward compiled in {of_forward:.1f} s and launched")
-        if middle is not None:
+        for middle in events[1:]:
             middle.record()
         loss.backward()
         of_backward = compiling() - before - of_forward
         tell(f"backward compiled in {of_backward:.1f} s and launched")
         optimiser.step()
         seconds = now() - start - of_forward
-        if begin is not None:
-            forward = begin.elapsed_time(middle) / 1e3
+        if events:
+            forward = events[0].elapsed_time(events[1]) / 1e3
         forward -= of_forward
         found = {"loss": float(loss.detach()), "grad_norm": _norm(trained), "seconds": seconds, "forward_s": forward}
         return {**found, "backward_s": seconds - forward, "compile_s": of_forward, "compile_backward_s": of_backward}

@@ -194,7 +194,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         return rewards
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        generation, kept = self._step // (self.args.steps_per_generation * self.num_iterations), self._buffered_inputs
+        generation, kept = (
+            self._step // ((self.args.steps_per_generation or 1) * self.num_iterations),
+            self._buffered_inputs,
+        )
         if self.model.training and kept is not None and kept is self._buffer and self._generation == generation:
             return kept[self._step % len(kept)]  # which a step that is done again needs, and TRL would generate anew
         inputs = super()._prepare_inputs(generation_batch)
@@ -300,11 +303,11 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     def _policy_step(self, model: Any, inputs: Mapping[str, Any]) -> PolicyStep:
         whole, targets, *others = self._arguments(inputs)
         if (packed := self._row_of(inputs)) is not None:
-            self._planned = self._step_of_row if self._compiles else None
+            self._planned = self._step_of_row if isinstance(self._step_of_row, Replanned) else None
             with sharing(self.accelerator.unwrap_model(self.model)):
                 return outside_of_ddp(self._step_of_row, model, packed, *others)
         run = self._step_of if self.model.training else self._evaluation
-        self._planned = self._step_of if self._compiles else None
+        self._planned = self._step_of if isinstance(self._step_of, Replanned) else None
         return outside_of_ddp(run, model, whole, targets, *others)
 
     def _padded_because(self, shared_prompts: bool) -> str | None:
@@ -360,7 +363,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
 
     def _spare(self) -> bool:
         """Plan again where the step's earlier micro-batches can be done again, with the completions that they had."""
-        generated = self.args.steps_per_generation * self.num_iterations
+        generated = (self.args.steps_per_generation or 1) * self.num_iterations
         held = self._done == 0 or generated % self.args.gradient_accumulation_steps == 0
         held = held and self._buffered_inputs is self._buffer  # which no batch with images has
         return held and not self.use_adaptive_entropy and super()._spare()

@@ -88,8 +88,8 @@ class CompiledBody(Neftune, LearningRates, _Base):
         self._planned: Replanned | None = None
         if compile:
             self._compile(self.model, trained=True)
-            if getattr(self, "ref_model", None) is not None:
-                self._compile(self.ref_model, trained=False)
+            if (reference := getattr(self, "ref_model", None)) is not None:
+                self._compile(reference, trained=False)
 
     def _compile(self, model: Any, *, trained: bool) -> None:
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model

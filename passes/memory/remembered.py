@@ -69,9 +69,15 @@ def recall(key: str) -> tuple[Plan, int] | None:
     try:
         found = json.loads(_path(key).read_text())
         tags = {name: Tag(tag) for name, tag in found["plan"].pop("tags").items()}
-        return Plan(tags=tags, **found["plan"]), int(found["floor"])
+        rest = {name: _tuples(value) for name, value in found["plan"].items()}
+        return Plan(tags=tags, **rest), int(found["floor"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _path(key: str) -> Path:
