@@ -94,8 +94,8 @@ class Pictures:
             return min(value, _CODES)
         if name.endswith("_token_offset"):  # where a range of codes begins: those of images, then those of sounds
             return _CODES * (1 + (not name.startswith("image")))
-        if name == "spatial_target_layers":
-            return [layer % len(kept) for layer in range(len(value))]
+        if name == "spatial_target_layers" and isinstance(value, (list, tuple)):
+            return [layer % len(kept) for layer, _ in enumerate(value)]
         if re.fullmatch(r"post_conv_\w+_channels", name):
             return widths.proportional(value)
         if "pixel_shuffle_ratio" in fields and "projector_input_dim" in fields:
