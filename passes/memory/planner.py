@@ -32,8 +32,6 @@ from .words import gib, sliced_in_words
 
 RUNGS = 256
 BUCKETS = 4096
-WORTH_SLICES = 0.02
-"""Share of a step that slices have to save where the budget does not ask for them."""
 
 
 class Planner:
@@ -347,8 +345,8 @@ class Planner:
 def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:
     """The fastest plan within a budget; host memory is used where that makes it faster, or possible.
 
-    Stretches of layers are run on a few tokens at a time where nothing fits otherwise, or is slower by more than
-    :data:`WORTH_SLICES`: else a little more memory, with which something fits, would make for a slower step.
+    Stretches of layers are run on a few tokens at a time only where nothing fits otherwise: sums over slices round in
+    another order. So a budget just above the floor of whole stretches may make for a slower step than one just below it.
 
     Args:
         budget: peak bytes on the device.
@@ -359,17 +357,10 @@ def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeli
         too small for, where there was some to be used.
     """
     found = _fastest_within(planner, budget, host)
-    fits = found[0].peak_bytes <= budget
-    if fits and found[0].seconds <= WORTH_SLICES * found[0].step:
+    if found[0].peak_bytes <= budget:
         return found
-    candidates = [found]
-    for rows in ROWS[:1] if fits else ROWS:
-        if (other := planner.slicing(rows)) is not None:
-            # Where something fits, host memory is used as it is there: it takes half as long to find out.
-            away = other.offloading(host) if fits and found[0].host_bytes else None
-            candidates.append((away or other).within(budget) if fits else _fastest_within(other, budget, host))
-    best = _best(candidates, budget)
-    return found if fits and found[0].seconds - best[0].seconds <= WORTH_SLICES * found[0].step else best
+    sliced = (planner.slicing(rows) for rows in ROWS)
+    return _best([found, *(_fastest_within(other, budget, host) for other in sliced if other is not None)], budget)
 
 
 def _fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeline]:

@@ -246,12 +246,14 @@ def test_slices_lower_the_floor_and_leave_what_fits_alone() -> None:
     assert least.peak_bytes == lower.peak_bytes and least.stretches[0] and least.stretches[1]
 
 
-def test_more_memory_is_never_slower() -> None:
+def test_more_memory_is_never_slower_with_slices_or_without() -> None:
     planner = planned(600)
     least, most = fastest_within(planner, 0, 0)[0].peak_bytes, planner.fastest[0].peak_bytes
     plans = [fastest_within(planner, least + (most - least) * i // 30, 0)[0] for i in range(31)]
     assert all(p.peak_bytes <= least + (most - least) * i // 30 for i, p in enumerate(plans))
-    for i, larger in enumerate(plans):
-        for smaller in plans[:i]:
-            assert larger.seconds - smaller.seconds <= planners.WORTH_SLICES * larger.step + 1e-12
     assert {p.rows for p in plans} == {0, ROWS}
+    floor = planner.smallest[0].peak_bytes
+    for i, larger in enumerate(plans):
+        assert larger.rows == (0 if floor <= least + (most - least) * i // 30 else ROWS)
+        for smaller in plans[:i]:
+            assert smaller.rows != larger.rows or larger.seconds <= smaller.seconds + 1e-12
