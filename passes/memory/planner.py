@@ -346,7 +346,7 @@ def fastest_within(planner: Plans, budget: int, host: int) -> tuple[Plan, Timeli
     """The fastest plan within a budget; host memory is used where that makes it faster, or possible.
 
     Stretches of layers are run on a few tokens at a time only where nothing fits otherwise: sums over slices round in
-    another order. So a budget just above the floor of whole stretches may make for a slower step than one just below it.
+    another order. A budget just above the floor of whole stretches may so be slower than one just below it.
 
     Args:
         budget: peak bytes on the device.
