@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..passes.rewrite import Recogniser
+from . import shims
 from .backend import compile_graph
 from .options import Options
 from .report import GraphReport
@@ -83,10 +84,12 @@ def _symbols_in_texts() -> Iterator[None]:
         return str(number) if free_unbacked_symbols(number) else known(self)
 
     text.__repr__ = named
+    shims.declare("torch._dynamo", "messages name sizes that are not known yet by their symbol")
     try:
         yield
     finally:
         text.__repr__ = known
+        shims.withdraw("torch._dynamo")
 
 
 def guards_of(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[[], bool] | None:
