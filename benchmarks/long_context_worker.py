@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +33,7 @@ from unsloth.passes.memory.partition import Partitioner, half_of_host_memory
 from unsloth.passes.memory.plan import Plan
 
 from .memory_worker import GIB, _norm
-from .worker import _randomise, environment
+from .worker import _randomise, serve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +216,7 @@ def measure(step: Step) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the step of the first argument, JSON, and write the row to the second, a file."""
-    step = Step(**json.loads(sys.argv[1]))
-    try:
-        row = measure(step)
-    except Exception as error:  # noqa: BLE001  a failure is a result
-        traceback.print_exc()
-        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    Path(sys.argv[2]).write_text(json.dumps(row | environment(step.device)))
+    serve(Step, measure)
     sys.stderr.flush()
     os._exit(0)  # there is nothing to save, and unlocking a hundred gigabytes takes its time
 

@@ -405,7 +405,7 @@ def _dtype(work: Workload) -> torch.dtype:
 def serve(kind: Callable[..., Any], measure: Callable[[Any], dict[str, Any]]) -> None:
     """Measure the workload of the command line's first argument, JSON, and write the row to its second, a file."""
     work = kind(**json.loads(sys.argv[1]))
-    if work.system == "unsloth":
+    if getattr(work, "system", None) == "unsloth":
         with contextlib.suppress(ImportError):
             import unsloth as _  # noqa: F401  it has to come before transformers
     try:

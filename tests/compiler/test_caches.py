@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,21 +44,26 @@ ENABLED = {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": 
 OTHERS = {"budget": {"memory_budget": 0}, "passes": {"disable": ["rms_norm"]}}
 
 
+def _in_a_process(script: str, argument: object, caches: Path) -> Any:
+    """What a script prints last, as JSON; it is given the argument so, and caches of its own folder."""
+    result = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(argument)],
+        env={**os.environ, **ENABLED, "TORCHINDUCTOR_CACHE_DIR": str(caches)},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, int]]]:
     """PyTorch's counters for each step of two processes that share a cache: one step, then the same and others."""
     folder = tmp_path_factory.mktemp("caches")
 
     def run(*options: dict[str, object]) -> list[dict[str, int]]:
-        result = subprocess.run(
-            [sys.executable, "-c", _STEP, json.dumps(options)],
-            env={**os.environ, **ENABLED, "TORCHINDUCTOR_CACHE_DIR": str(folder)},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout.splitlines()[-1])
+        return _in_a_process(_STEP, options, folder)
 
     return [run({}), run({}, *OTHERS.values())]
 
@@ -114,15 +120,7 @@ def test_a_graph_comes_with_what_it_was_planned_for(tmp_path: Path) -> None:
     """Its prediction and its guard; a batch of another size first is planned for anew, though its graph is the same."""
 
     def run(*lengths: int) -> list[tuple[list[object], dict[str, int]]]:
-        result = subprocess.run(
-            [sys.executable, "-c", _PLANNED, json.dumps(lengths)],
-            env={**os.environ, **ENABLED, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        return [(plan, counts) for *plan, counts in json.loads(result.stdout.splitlines()[-1])]
+        return [(plan, counts) for *plan, counts in _in_a_process(_PLANNED, lengths, tmp_path)]
 
     ((cold, counts),) = run(48)
     assert counts["autograd_cache_miss"] == 1 and cold[0] == 96 and cold[1] > 96 and cold[3]
