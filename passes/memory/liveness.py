@@ -211,18 +211,17 @@ class Liveness:
         forward, backward = self._forward_order(kept), self._backward_order(kept)
         made = {n for op in forward for n in self.writes[op]}
         leaving = sorted(away & made, key=self.order.__getitem__)
+        together: list[list[_Together]] = [[], []]
         self.last_stretches = ([], [])
-        if rows and self.slicing is not None:
-            self.last_stretches = (
-                self.slicing.forward(forward, kept | self.results), self.slicing.backward(backward, self.gradients)
-            )  # fmt: skip
-        together = [_Together.of(s, self.slicing.share(rows)) for s in self.last_stretches[0]] if self.slicing else []
-        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving, together=together)
+        if rows and (found := self.slicing) is not None:
+            outside = kept | self.results
+            self.last_stretches = found.forward(forward, outside), found.backward(backward, self.gradients)
+            together = [[_Together.of(s, found.share(rows)) for s in half] for half in self.last_stretches]
+        self._walk(walk, forward, set(), (kept - away) | self.results, kept, leaving=leaving, together=together[0])
         turn = len(walk.names)
         tangents = {n for n in self.size if n.op == "placeholder" and n not in self.joint.forward_set}
         there = (kept - away) | tangents | {*leaving[-1:]}
-        together = [_Together.of(s, self.slicing.share(rows)) for s in self.last_stretches[1]] if self.slicing else []
-        self._walk(walk, backward, there, self.gradients, kept, away, together=together)
+        self._walk(walk, backward, there, self.gradients, kept, away, together=together[1])
         self.last_walk, self.last_turn = walk, turn
         return Timeline(self.standing, walk.names, turn, walk.kept, walk.gradients, walk.working)
 

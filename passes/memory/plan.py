@@ -60,7 +60,6 @@ class Plan:
         why: why this policy was chosen.
         peak_bytes: of the whole step, predicted; 0 where nobody asked.
         seconds: what computing again adds to the step, and waiting for the link to the host; predicted.
-        step: seconds of the whole step, those included; predicted.
         parts: the peak by category.
         words: what is kept and what is not, for people.
         rows: tokens that the stretches are run on at a time; 0 where nothing is run in slices.
@@ -79,7 +78,6 @@ class Plan:
     note: str = ""
     tokens: int = 0
     limit: int = 0
-    step: float = 0.0
     rows: int = 0
     stretches: tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = ((), ())
 

@@ -144,12 +144,10 @@ class Planner:
         away = {n for name in plan.saved if (n := self.by_name[name]) in self.away}
         timeline = self.liveness.timeline((self.by_name[name] for name in plan.saved), away, self.rows)
         names = [tuple(tuple(n.name for n in s.operations) for s in half) for half in self.liveness.last_stretches]
-        walk, slices = self.liveness.last_walk, sum(self.slices().values())
         priced = dataclasses.replace(
             plan,
             peak_bytes=timeline.peak,
             seconds=self.again(),
-            step=sum(map(self.sizes.seconds, walk.operations)) + slices,
             parts=timeline.parts,
             rows=self.rows,
             stretches=(names[0], names[1]),
@@ -176,8 +174,8 @@ class Planner:
         halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
         tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
         waited = waited_for(moved, self.sizes.device.link, halves)
-        seconds, step, saved = plan.seconds + waited, plan.step + waited, plan.saved_bytes - moved
-        return dataclasses.replace(plan, tags=tags, seconds=seconds, step=step, saved_bytes=saved, host_bytes=moved)
+        seconds, saved = plan.seconds + waited, plan.saved_bytes - moved
+        return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:

@@ -153,7 +153,6 @@ class Deep:
         layers = [self.planner.layers[i] for i in self.like]
         kept = [{layer.values[i] for i in p.kept} for layer, p in zip(layers, patterns, strict=True)]
         moved = sum(size for i, size in enumerate(self.residuals) if i in self.gone)
-        waited = waited_for(moved, self.planner.sizes.device.link, halves)
         seconds = sum(p.seconds for p in patterns) + self.outside
         policy = "mixed"
         if all(rank == self.ranks[-1] for rank in ranks):
@@ -166,21 +165,13 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=seconds + waited,
-            step=sum(halves) + waited + self._slices,
+            seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
             parts=timeline.parts,
             words="; ".join(filter(None, (in_words(layers, kept, sorted(self.gone)), self._in_slices))),
             host_bytes=moved,
             rows=self.planner.rows,
         )
         return plan, timeline
-
-    @functools.cached_property
-    def _slices(self) -> float:
-        """Seconds that slices add."""
-        self.planner.price(self.planner.smallest[0])
-        added = self.planner.slices()
-        return sum(added.get(self.planner.layers[i].name, 0.0) for i in self.like)
 
     @functools.cached_property
     def _in_slices(self) -> str:
