@@ -101,11 +101,8 @@ def test_every_tiling_gives_the_same_bits(tiling: Tiling) -> None:
         pytest.skip("no tensor memory accelerator")
     args = arguments((300, 136, 264, 16), with_bias=True)
     operands = module._operands(*args)
-    # The interpreter's products are NumPy's, whose order of adding up depends on the block's shape and the processor.
-    # Where that decides a rounding, the result is one unit off.
-    exact = {"rtol": 0, "atol": 0} if DEVICE == "cuda" else {"rtol": torch.finfo(args[0].dtype).eps, "atol": 1e-6}
     torch.testing.assert_close(
-        run(module._by_descriptors, operands, tiling), run(module._by_descriptors, operands, SMALL), **exact
+        run(module._by_descriptors, operands, tiling), run(module._by_descriptors, operands, SMALL), rtol=0, atol=0
     )
 
 
