@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -117,7 +118,9 @@ def test_inductor_leaves_the_copies_where_they_were_put() -> None:
     with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
         (loss, found), (forward, backward) = run_and_get_code(lambda: through(Away(host=1 << 30)))
     eager_loss, expected = gradients(model, model, ids(length=LENGTH))
-    assert abs(loss - eager_loss) < 1e-6 and found.keys() == expected.keys()
+    # One unit at most: the bits of a product depend on the processor.
+    assert math.isclose(loss, eager_loss, rel_tol=torch.finfo(torch.float32).eps)
+    assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     ours_or_products = r"(?<== torch\.ops\.)unsloth_launch\.\w+|extern_kernels\.mm"

@@ -12,6 +12,7 @@ import torch
 
 import unsloth
 from tests import write_doctor_rules
+from tests.processor import slowness
 from tests.runtime.tiny import conversations
 from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
@@ -224,4 +225,4 @@ def test_a_real_model_is_clean(rows):
     found = doctor(SMOLLM2, data=str(rows), max_length=2048)
     assert found.findings == [] and found.failed == {}, str(found)
     assert len(found.silent) == 59
-    assert time.process_time() - started < 10  # with its weights' embedding
+    assert time.process_time() - started < 10 * slowness()  # with its weights' embedding
