@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import logging
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +63,7 @@ def pytest_collection_finish() -> None:
     # pytest listens to every logger that does not propagate, and as long as anybody listens to this one, PyTorch
     # prints each graph of each compilation for it, several times.
     logging.getLogger("torch.__trace").propagate = True
+    _look_for_builtins_once()
     _keep_what_is_there()
     gc.set_threshold(100_000, 20, 50)
 
@@ -66,6 +71,24 @@ def pytest_collection_finish() -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     if nextitem is not None and nextitem.path != item.path:
         _keep_what_is_there()
+
+
+def _look_for_builtins_once() -> None:
+    """A third of what Triton's interpreter takes is looking through its language at each call of each function."""
+    if (interpreter := sys.modules.get("triton.runtime.interpreter")) is None:
+        return
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def names(part: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(part) if is_builtin(member)]
+
+    def patch(part: Any, *rest: Any) -> None:
+        for name in names(part):
+            if is_builtin(member := getattr(part, name)):  # else a caller has done so
+                interpreter._patch_attr(part, name, member, *rest)
+
+    interpreter._patch_builtin = patch
 
 
 def _keep_what_is_there() -> None:
