@@ -24,9 +24,10 @@ from torch import fx
 from .costs import Sizes
 from .host import that_fit, too_little, waited_for
 from .joint import Joint, is_statistic, layers, maker
-from .liveness import MOMENTS, Liveness, Timeline, root
+from .liveness import MOMENTS, Liveness, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
+from .timeline import Timeline
 from .words import sliced_in_words
 
 RUNGS = 256

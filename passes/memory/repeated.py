@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from .host import that_fit, too_little, waited_for
-from .liveness import Standing, Timeline
 from .plan import Plan
 from .planner import RUNGS, Planner
 from .slices import ROWS
+from .timeline import Standing, Timeline
 from .words import in_words
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
-from .liveness import Timeline
 from .plan import Plan
 from .slices import ROWS
+from .timeline import Timeline
 
 
 class Plans(Protocol):
