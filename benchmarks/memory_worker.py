@@ -6,12 +6,10 @@ Started by ``benchmarks.memory``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import json
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from unsloth.compiler.run import compiled
 from unsloth.passes.memory.partition import Partitioner
 from unsloth.passes.memory.planner import Planner
 
-from .worker import Turns, Workload, _models, _plain, environment
+from .worker import Turns, Workload, _models, _plain, serve
 
 GIB = 2**30
 SHARES = {"most": 1.0, "half": 0.5, "quarter": 0.25, "recompute": 0.0}
@@ -59,15 +57,22 @@ def options_of(budget: str) -> dict[str, Any]:
     return {"memory_budget": 0 if budget == "least" else parse_bytes(budget)}
 
 
-def measure(work: Workload, budget: str) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgeted(Workload):
+    """A workload under a budget: one of :data:`SHARES`, "least" or a size."""
+
+    budget: str
+
+
+def measure(work: Budgeted) -> dict[str, Any]:
     """Run steps under a budget in this process."""
     # A plan that comes out of a cache has no prediction with it.
     torch._functorch.config.enable_autograd_cache = False  # type: ignore[attr-defined]
-    if budget in SHARES:
-        lower.Partitioner = functools.partial(Between, share=SHARES[budget])  # type: ignore[misc]
+    if work.budget in SHARES:
+        lower.Partitioner = functools.partial(Between, share=SHARES[work.budget])  # type: ignore[misc]
     cuda, turns = work.device == "cuda", Turns(Path(work.turns)) if work.turns else None
     model, reports = _plain(work), []
-    run = compiled(model, Options.parse({"logits": "drop", **options_of(budget), **work.options}), reports)
+    run = compiled(model, Options.parse({"logits": "drop", **options_of(work.budget), **work.options}), reports)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     vocabulary = _models("presets").config(work.shape).vocab_size
@@ -135,18 +140,5 @@ def _norm(trained: list[nn.Parameter]) -> float:
     return float(torch.stack(norms).norm()) if norms else 0.0
 
 
-def main() -> None:
-    """Measure the workload of the first argument, JSON, and write the row to the second, a file."""
-    given = json.loads(sys.argv[1])
-    budget = given.pop("budget")
-    work = Workload(**given)
-    try:
-        row = measure(work, budget)
-    except Exception as error:  # noqa: BLE001  a failure is a result
-        traceback.print_exc()
-        row = {"error": f"{type(error).__name__}: {error}"[:2000]}
-    Path(sys.argv[2]).write_text(json.dumps(row | environment(work.device)))
-
-
 if __name__ == "__main__":
-    main()
+    serve(Budgeted, measure)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .cross_entropy_triton import _tanh
-from .low_rank_product import INTERPRETED
+from .low_rank_product_triton import INTERPRETED
 
 # -- in kernels --------------------------------------------------------------------------------------------------------
 

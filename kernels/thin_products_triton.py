@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .glu import _share
-from .low_rank_product import INTERPRETED, _multiply_add
+from .low_rank_product_triton import INTERPRETED, _multiply_add
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..compiler.report import GraphReport
-from ..passes.memory.liveness import Timeline
+from ..passes.memory.timeline import Timeline
 from ..passes.memory.words import gib
 from .timelines import Picture, draw
 

@@ -26,11 +26,13 @@ from ..models import presets
 from ..models.adapters import add_lora
 from ..models.source import ModelError, explained, locate
 from ..passes.memory.costs import LIBRARY_WORKSPACE, Ceilings, Sizes, ceilings
-from ..passes.memory.liveness import MOMENTS, Standing, Timeline
+from ..passes.memory.liveness import MOMENTS
 from ..passes.memory.partition import half_of_host_memory
 from ..passes.memory.plan import Plan
-from ..passes.memory.planner import Planner, fastest_within
+from ..passes.memory.planner import Planner
 from ..passes.memory.repeated import Deep, Floor
+from ..passes.memory.timeline import Standing, Timeline
+from ..passes.memory.within import fastest_within
 from ..passes.memory.words import gib
 
 SHARE_LEFT = 0.04

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..passes.memory.liveness import Timeline
+from ..passes.memory.timeline import Timeline
 from ..passes.memory.words import gib
 
 

@@ -21,13 +21,14 @@ from . import torch_private
 from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
 from .joint import Joint, hint, read_joint, tokens
-from .liveness import Timeline
 from .norms import merge_norms, split_norms
 from .plan import Plan
-from .planner import Planner, fastest_within
+from .planner import Planner
 from .schedule import by_way_of_host, unpack_where_used
 from .sliced import run_in_slices
 from .slices import Slicing
+from .timeline import Timeline
+from .within import fastest_within
 from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens_within
 
 RESERVE = 0.05

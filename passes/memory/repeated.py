@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from .liveness import Standing, Timeline
+from .host import that_fit, too_little, waited_for
 from .plan import Plan
-from .planner import RUNGS, Planner, that_fit, too_little, waited_for
+from .planner import RUNGS, Planner
 from .slices import ROWS
+from .timeline import Standing, Timeline
 from .words import in_words
 
 

@@ -11,8 +11,8 @@ from torch import fx
 from ...kernels.operator import operator_of
 from ..rewrite import module_path
 from .joint import Joint, maker, tokens
-from .liveness import Timeline
 from .patterns import Layer
+from .timeline import Timeline
 
 GIB = 1 << 30
 

@@ -16,10 +16,10 @@ from torch._inductor.utils import run_and_get_code
 from tests.memory.llama import Model, cut_by, gradients, ids
 from unsloth.kernels.pinned import whole_pages
 from unsloth.passes.memory.costs import Sizes
-from unsloth.passes.memory.liveness import Timeline
 from unsloth.passes.memory.partition import Partitioner
 from unsloth.passes.memory.plan import Plan, Tag
 from unsloth.passes.memory.planner import Planner
+from unsloth.passes.memory.timeline import Timeline
 
 LAYERS = 20
 LENGTH = 128

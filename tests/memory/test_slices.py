@@ -24,7 +24,8 @@ from unsloth.passes.memory import planner as planners
 from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.joint import Joint
 from unsloth.passes.memory.partition import Partitioner
-from unsloth.passes.memory.planner import Planner, fastest_within
+from unsloth.passes.memory.planner import Planner
+from unsloth.passes.memory.within import fastest_within
 from unsloth.passes.recognise import RECOGNISERS
 from unsloth.passes.runner import run_passes
 

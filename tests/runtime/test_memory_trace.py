@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.runtime.test_trainer import EAGER, trainer
-from unsloth.passes.memory.liveness import Standing, Timeline
+from unsloth.passes.memory.timeline import Standing, Timeline
 from unsloth.runtime import memory_trace
 from unsloth.runtime.config import ConfigError, TrainConfig, read_config
 from unsloth.runtime.memory_trace import MemoryTrace

@@ -15,8 +15,8 @@ from unsloth.compiler.options import OptionError
 from unsloth.models import presets
 from unsloth.models.source import ModelError
 from unsloth.passes.memory.costs import ceilings
-from unsloth.passes.memory.planner import Plans, fastest_within
 from unsloth.passes.memory.repeated import Deep
+from unsloth.passes.memory.within import Plans, fastest_within
 from unsloth.runtime.plan import _Question
 
 BATCH, SEQ = 2, 256
