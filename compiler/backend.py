@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,18 @@ Observer = Callable[[GraphReport], None]
 
 class BackendError(RuntimeError):
     """A stage of the backend failed under ``strict``."""
+
+
+def trace_past_notes() -> None:
+    """Let Dynamo trace past the notes that transformers makes once, as of a loss that a configuration does not name.
+
+    Each would end a graph: GPT-2's loss would not be in that of its head.
+    """
+    notes = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
+    torch._dynamo.config.ignore_logging_functions |= {note for note in notes if note is not None}
+
+
+trace_past_notes()  # torch.compile imports this file before it traces
 
 
 def unsloth(

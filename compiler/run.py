@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..passes.rewrite import Recogniser
 from . import shims
-from .backend import compile_graph
+from .backend import compile_graph, trace_past_notes
 from .options import Options
 from .report import GraphReport
 
@@ -36,6 +36,7 @@ def compiled(
     def backend(gm: Any, example_inputs: Any) -> Any:
         return compile_graph(gm, example_inputs, options, recognisers=recognisers, observe=reports.append)
 
+    trace_past_notes()  # of a transformers that was imported after the backend
     return torch.compile(model, backend=backend)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from tests.toy import Raising
 from unsloth.compiler import backend as backend_module
@@ -89,6 +90,23 @@ def test_inductor_lowering_equals_eager(name: str, lora: float | None, budget: i
         assert_same(step(run, owner, inputs), step(owner, owner, inputs))
     plan = reports[0].partitioner.last_plan
     assert plan.policy == ("keep" if budget is None else "recompute") and plan.saved_bytes > 0
+
+
+def test_a_note_that_transformers_makes_once_ends_no_graph() -> None:
+    logger = transformers_logging.get_logger("transformers.noted")
+
+    class Noted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            logger.warning_once("a loss that the configuration does not name")
+            return y.sum()
+
+    owner, x = Noted(3, 2), torch.randn(4, 3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(owner, backend="unsloth", options={"lowering": "eager", "strict": True}, fullgraph=True)
+    torch.testing.assert_close(run(x), owner(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("size", [2, 3])
