@@ -34,10 +34,9 @@ def undecoded(data: Any) -> Any:
     as_they_are = {}
     for column in COLUMNS:
         feature = features.get(column)
-        if isinstance(feature, Image):
-            as_they_are[column] = Image(decode=False)
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            as_they_are[column] = List(Image(decode=False))
+        one = feature.feature if isinstance(feature, List) else feature
+        if isinstance(one, Image) and one.decode:
+            as_they_are[column] = Image(decode=False) if one is feature else List(Image(decode=False))
     if not as_they_are:
         return data
     if isinstance(data, IterableDataset):

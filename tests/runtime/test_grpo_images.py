@@ -35,7 +35,8 @@ from unsloth.runtime.grpo import GRPOTrainer
 from unsloth.runtime.image_shapes import ImageShapes
 from unsloth.runtime.images import ImageRules
 from unsloth.runtime.policy_batch import media_of, trimmed
-from unsloth.runtime.problems import DataError
+from unsloth.runtime.problems import BadRow, DataError
+from unsloth.runtime.prompt_images import open_rows, opened, undecoded
 from unsloth.runtime.rollouts import load_rollout, save_rollout
 
 IN_PARTS = (
@@ -349,6 +350,36 @@ def test_an_image_that_is_damaged_behind_its_header_is_named_in_training(tmp_pat
     made = make(GRPOTrainer, tmp_path, {"compile": False}, data=data, per_device_train_batch_size=3)
     with pytest.raises(DataError, match=r"^row 2: the image is damaged: "):
         made.train()
+
+
+def test_rows_of_a_stream_are_named_by_their_place(tmp_path) -> None:
+    picture().save(tmp_path / "a.png")
+    given, rules = [asked("a.png"), asked("gone.png")], ImageRules(folder=tmp_path, resize=16)
+    with pytest.raises(DataError, match=r"^row 2 of 2 in a batch: there is no image"):
+        open_rows(given, rules, lambda row: None)
+    (made,) = open_rows(given[:1], rules, lambda row: None)
+    assert made["image"].size == (16, 10) and given[0]["image"] == "a.png"
+
+
+def test_images_in_messages_as_tables_hold_them() -> None:
+    """Every part has every column, null where it has no such value."""
+    parts = [{"type": "text", "text": "Which?", "image": None}, {"type": "image", "text": None, "image": None}]
+    own = {"type": "image", "text": None, "image": {"bytes": encoded(picture("blue")), "path": None}}
+    row = {"prompt": [{"role": "user", "content": [*parts, own]}], "images": [picture("red")]}
+    content = opened(row, ImageRules())["prompt"][0]["content"]
+    assert content[:2] == [{"type": "text", "text": "Which?"}, {"type": "image"}]
+    assert content[2]["image"].getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(BadRow, match=r"images provided \(0\) does not match number of image placeholders \(1\)"):
+        opened({**row, "images": []}, ImageRules())
+
+
+def test_nothing_is_decoded_for_a_list_of_images() -> None:
+    data = Dataset.from_list([{"images": [picture()], "x": 1}])
+    plain = undecoded({"train": data, "none": None})
+    assert set(plain["train"][0]["images"][0]) == {"bytes", "path"} and plain["none"] is None
+    assert isinstance(data[0]["images"][0], PIL.Image.Image) and undecoded(plain["train"]) is plain["train"]
+    stream = next(iter(undecoded(data.to_iterable_dataset())))
+    assert set(stream["images"][0]) == {"bytes", "path"} and stream["x"] == 1
 
 
 def test_images_nobody_would_look_at_are_refused(tmp_path) -> None:
