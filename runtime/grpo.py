@@ -19,28 +19,21 @@ import trl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..compiler.run import compiled
-from .generation.engine import complete
-from .generation.sampling import sampling_of
-from .generation.support import Unsupported
+from ..compiler.run import compiled, sizes_in_graph
+from .image_shapes import ImageShapes
+from .images import ImageRules
 from .packed_policy import Packed, pack, packed_policy_step, sharing, unlike
-from .policy import (
-    IGNORED,
-    Head,
-    PolicyStep,
-    keeps_logits,
-    mark_lengths,
-    policy_step,
-    score,
-    trimmed,
-    without_idle_columns,
-)
+from .policy import Head, PolicyStep, keeps_logits, policy_step, score
+from .policy_batch import IGNORED, KNOWN, MEDIA, mark_lengths, media_of, trimmed, without_idle_columns
+from .policy_completions import Completions
 from .policy_loss import PER_STEP, Sampled, settings_of
+from .policy_metrics import PolicyMetrics
 from .preferences import CompiledBody
-from .prompts import check_prompts, context_of, refuse_too_long
+from .prompt_images import check_images, refuse_images, undecoded
+from .prompts import check_prompts, context_of
 from .reference import without_idle_copy
 from .replan import Replanned
-from .rewards import ON_ERROR, check_judged, checked
+from .rewards import ON_ERROR, checked
 from .rollouts import load_rollout, save_rollout
 from .standing import Progress
 from .sturdy import Sturdy
@@ -48,14 +41,10 @@ from .trainer import outside_of_ddp
 
 logger = logging.getLogger(__name__)
 
-_OF_PROMPT = {"prompt_ids", "prompt_mask"}
-_OF_TOKENS = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
-_OF_TOKENS |= {"sampling_per_token_logps", "importance_sampling_ratio", "advantages"}
-TEXT = _OF_PROMPT | _OF_TOKENS | {"num_items_in_batch"}
-"""What a batch of text consists of; others, of images, run as TRL runs them."""
+_IN_A_ROW = "in a row a prompt stands once, and its pixels belong to as many completions as it has"
 
 
-class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
+class GRPOTrainer(PolicyMetrics, Completions, Sturdy, CompiledBody, trl.GRPOTrainer):
     """TRL's ``GRPOTrainer`` (Shao et al. 2024, arXiv:2402.03300) with the compiled policy step.
 
     Takes everything that TRL's does, ``options`` for the backend, ``compile=False`` to run the same step eagerly, and
@@ -63,7 +52,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     to the memory planner. With fresh adapters the reference is the model without them; with ``beta=0`` there is none.
     Log-probabilities of the policy that sampled are computed only where updates come between. Losses with
     ``top_entropy_quantile`` and losses that are not in :data:`~unsloth.runtime.policy_loss.LOSSES` are TRL's own, on
-    compiled log-probabilities; batches with images are TRL's altogether.
+    compiled log-probabilities.
+
+    Rows may have images, in a column ``images`` or ``image`` or in their messages. They are opened as the collator
+    opens them before TRL sees them, and pixels go along with each micro-batch.
 
     Args:
         reward_errors: "raise" stops at a reward function that raises, or returns NaN or no number, and at a completion
@@ -72,9 +64,11 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             all that complete it, where the model allows it; False pads them to each other.
         fast_rollouts: make completions by :func:`~unsloth.runtime.generation.engine.complete`, where the model and the
             settings allow it; False leaves them to ``generate``. TRL's ``use_vllm`` goes before.
+        image_rules: what is done with images; none are fetched from URLs, or converted, if they do not say so.
 
     Raises:
-        DataError: for a prompt that fills the model's context, naming its row.
+        DataError: for a prompt that fills the model's context, and for an image that is missing or no image, naming the
+            row; for images and a model or a ``processing_class`` of texts alone.
         RewardError: from training, naming the reward function and the completion.
     """
 
@@ -93,6 +87,10 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         reward_errors: str = "raise",
         shared_prompts: bool = True,
         fast_rollouts: bool = True,
+        image_rules: ImageRules = ImageRules(),  # noqa: B008  it is frozen
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         **others: Any,
     ) -> None:
         if reward_errors not in ON_ERROR:
@@ -103,8 +101,12 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             path = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             args = trl.GRPOConfig(f"{path.rsplit('/', 1)[-1]}-GRPO")
         self.reward_errors = reward_errors
-        self._compiles = compile
-        super().__init__(model, args=args, reward_funcs=reward_funcs, compile=False, options=options, **others)
+        self._compiles, self._rules = compile, image_rules
+        data = {"train_dataset": undecoded(train_dataset), "eval_dataset": undecoded(eval_dataset)}
+        refuse_images(data["train_dataset"], model, processing_class)
+        more = {**data, "processing_class": processing_class, **others}
+        super().__init__(model, args=args, reward_funcs=reward_funcs, compile=False, options=options, **more)
+        refuse_images(self.train_dataset, self.model, self.processing_class)
         without_idle_copy(self.model)
         self.reward_funcs = [
             function if isinstance(function, nn.Module) else checked(function, name, reward_errors)
@@ -129,69 +131,15 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         self._trained: Any = 0  # tokens of the micro-batch that was trained on last
         self._context = context_of(self.model)
         self._left_to = self._engine_instead(fast_rollouts)
+        # How many tokens an image has is part of a graph then, and not a graph for each size.
+        models: list[Any] = [self.model, self.ref_model] if self._is_vlm and compile else []
+        looking = [m for m in models if m is not None]
+        self._shapes = {id(m): ImageShapes(getattr(m, "get_base_model", lambda m=m: m)()) for m in looking}
         self._probed, self._pads = False, self._padded_because(shared_prompts)
+        self._told_of_images = False
         check_prompts(self, self.train_dataset, self._context)
-
-    # -- completions ---------------------------------------------------------------------------------------------------
-
-    def _engine_instead(self, fast_rollouts: bool) -> str | None:
-        """Who makes completions instead of us, or None."""
-        if not fast_rollouts:
-            return "generate"
-        if self.use_vllm or getattr(self, "use_transformers_continuous_batching", False):
-            return "the engine that the settings name"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "generate, which gathers weights that are spread over processes"
-        return None
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        ids, *others = super()._tokenize_prompts(prompts)
-        if self._asks_for_completions and self._context is not None:
-            for index, tokens in enumerate(ids):
-                refuse_too_long(
-                    len(tokens), self._context, f"prompt {index} of the batch, {str(prompts[index])[:80]!r}"
-                )
-        return (ids, *others)
-
-    def _generate_single_turn(
-        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, *others: Any, **more: Any
-    ) -> Any:
-        """As TRL's: completions and the log-probability of each of their tokens, here with the weights as they are."""
-        args = prompt_ids, images, multimodal_fields, num_generations, *others
-        if self._left_to is None and not images and not multimodal_fields:
-            model = self.accelerator.unwrap_model(self.model)
-            try:
-                longest = max(map(len, prompt_ids))
-                sampling = sampling_of(self.generation_config, model, longest)
-                with self.accelerator.autocast():
-                    made = complete(
-                        model, prompt_ids, sampling, tokenizer=self._tokenizer,
-                        compile=None if self._compiles else False, options=self.options,
-                    )  # fmt: skip
-                return [c.ids for c in made], [c.log_p for c in made]
-            except Unsupported as reason:
-                self._left_to = str(reason)
-                logger.warning("completions are made by generate of transformers, because %s", reason)
-        return super()._generate_single_turn(*args, **more)
-
-    _asks_for_completions = False
-    _at_start_of_step: Any = None
-
-    def _generate(self, prompts: list[Any]) -> Any:
-        self._asks_for_completions = True
-        try:
-            return super()._generate(prompts)
-        finally:
-            self._asks_for_completions = False
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        first = self.accelerator.process_index * len(prompts)
-        judged = (~rewards[first : first + len(prompts)].isnan().all(dim=1)).tolist()
-        check_judged(
-            self.reward_func_names, judged, {"prompts": prompts, "completions": completions}, self.reward_errors
-        )
-        return rewards
+        check_images(self.train_dataset, self.processing_class, image_rules, self.row_name)
+        check_images(self.eval_dataset, self.processing_class, image_rules, self._name_to_evaluate)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         generation, kept = (
@@ -203,7 +151,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self.model.training:
             self._smaller.settle(self._sums())  # generated once, and logged once
-        if not TEXT.issuperset(inputs):
+        if not KNOWN.issuperset(inputs):
             return inputs
         if not self.model.training:
             return trimmed(inputs)
@@ -257,20 +205,19 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         **media: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As TRL's, compiled; whoever asks with gradients may differentiate the entropy as well."""
-        if any(value is not None for value in media.values()):
+        if any(value is not None and name not in MEDIA for name, value in media.items()):
             rest = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
             return super()._get_per_token_logps_and_entropies(model, *rest, **media)
         head = self._head._replace(balance=compute_aux_loss)
-        parts = []
-        for ids, mask in zip(
-            input_ids.split(batch_size or len(input_ids)),
-            attention_mask.split(batch_size or len(input_ids)),
-            strict=True,
-        ):
-            inputs, targets = without_idle_columns(ids, mask, logits_to_keep)
+        parts, size = [], batch_size or len(input_ids)
+        for first in range(0, len(input_ids), size):
+            rows = slice(first, first + size)
+            inputs, targets = without_idle_columns(
+                input_ids[rows], attention_mask[rows], logits_to_keep, media_of(media, rows)
+            )
             with self.accelerator.autocast():
                 graded = compute_entropy and torch.is_grad_enabled()
-                found = outside_of_ddp(self._score, model, inputs, targets, head, graded)
+                found = self._run(self._score, model, inputs, targets, head, graded)
             missing = (0, logits_to_keep - targets.shape[1])
             parts.append(found._replace(log_p=F.pad(found.log_p, missing), entropy=F.pad(found.entropy, missing)))
         log_p, entropy = (torch.cat([part[i] for part in parts]) for i in range(2))
@@ -279,7 +226,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._trained = inputs["completion_mask"].sum() + inputs["prompt_mask"].sum()
-        if self._loss is None or not TEXT.issuperset(inputs):
+        if self._loss is None or not KNOWN.issuperset(inputs):
             return super()._compute_loss(model, inputs)
         mode = "train" if self.model.training else "eval"
         step = self._policy_step(model, inputs)
@@ -308,7 +255,15 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
                 return outside_of_ddp(self._step_of_row, model, packed, *others)
         run = self._step_of if self.model.training else self._evaluation
         self._planned = self._step_of if isinstance(self._step_of, Replanned) else None
-        return outside_of_ddp(run, model, whole, targets, *others)
+        return self._run(run, model, whole, targets, *others)
+
+    def _run(self, run: Any, model: Any, inputs: dict[str, Any], *others: Any) -> Any:
+        """A function of the model and its inputs, of any sizes of images."""
+        shapes = self._shapes.get(id(self.accelerator.unwrap_model(model)))
+        if shapes is None:
+            return outside_of_ddp(run, model, inputs, *others)
+        with sizes_in_graph():
+            return outside_of_ddp(run, model, shapes(inputs), *others)
 
     def _padded_because(self, shared_prompts: bool) -> str | None:
         """Why completions are padded to each other before the model has been asked, or None."""
@@ -321,6 +276,11 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
     def _row_of(self, inputs: Mapping[str, Any]) -> Packed | None:
         """A micro-batch as one row, where it has several completions and the model allows it."""
         if not self.model.training or self._pads is not None or len(inputs["prompt_ids"]) < 2:
+            return None
+        if not MEDIA.isdisjoint(inputs):
+            if not self._told_of_images:
+                self._told_of_images = True
+                logger.warning("completions of prompts with images are padded to each other, because %s", _IN_A_ROW)
             return None
         if not self._probed:
             self._probed, self._pads = True, unlike(self.accelerator.unwrap_model(self.model))
@@ -352,8 +312,9 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             given.get("importance_sampling_ratio"),
         )
         targets = given["completion_ids"].masked_fill(completed == 0, IGNORED)
+        media = media_of(inputs)
         mark_lengths(*whole.values(), targets, *sampled)
-        return whole, targets, self._head._replace(balance=self.aux_loss_enabled), sampled, self._loss
+        return {**media, **whole}, targets, self._head._replace(balance=self.aux_loss_enabled), sampled, self._loss
 
     def _tokens_of(self, inputs: Any) -> Any:
         return self._trained
@@ -365,7 +326,7 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
         """Plan again where the step's earlier micro-batches can be done again, with the completions that they had."""
         generated = (self.args.steps_per_generation or 1) * self.num_iterations
         held = self._done == 0 or generated % self.args.gradient_accumulation_steps == 0
-        held = held and self._buffered_inputs is self._buffer  # which no batch with images has
+        held = held and self._buffered_inputs is self._buffer
         return held and not self.use_adaptive_entropy and super()._spare()
 
     def _start_again(self) -> Iterator[Any]:
@@ -374,53 +335,6 @@ class GRPOTrainer(Sturdy, CompiledBody, trl.GRPOTrainer):
             self._step = here - self._done + number
             yield batch
         self._step = here
-
-    # -- what is logged, and what follows the entropy ------------------------------------------------------------------
-
-    def _everywhere(self, values: Tensor) -> Any:
-        return self.accelerator.gather(values) if self.args.world_size > 1 else values
-
-    def _summed(self, values: Tensor) -> Any:
-        return self.accelerator.reduce(values, reduction="sum") if self.args.world_size > 1 else values
-
-    def _note(self, metrics: Mapping[str, Tensor], per_completion: Mapping[str, Tensor], mode: str) -> None:
-        """Note metrics as tensors: reading them here would make every step wait for the device."""
-        sums = self._summed(torch.stack(list(metrics.values())))
-        for name, (total, count) in zip(metrics, sums, strict=True):
-            self._metrics[mode][name].append(total / count.clamp(min=1))
-        for name, values in per_completion.items():
-            known, least = self._everywhere(values), name.endswith("min")
-            worst = torch.inf if least else -torch.inf
-            found = torch.where(known.isnan(), worst, known)
-            extreme = found.amin() if least else found.amax()
-            self._metrics[mode][name].append(torch.where(extreme.isinf(), torch.nan, extreme))
-
-    def _entropy_weight(self) -> float:
-        """What the entropy counts in the loss: settled at the end of the step before."""
-        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
-            return 0.0
-        return self.entropy_coef
-
-    def _follow_entropy(self, sum_and_count: Tensor, mode: str) -> None:
-        """Adapt the weight once a step, to the entropy of all tokens of all processes in it (TRL's controller)."""
-        last = self.accelerator.sync_gradients
-        if mode == "train" and self.use_adaptive_entropy:
-            before = self._entropy_window_stats
-            self._entropy_window_stats = sum_and_count if before is None else before + sum_and_count
-            if last:
-                total, count = self._summed(self._entropy_window_stats).tolist()
-                self._entropy_window_stats, self._last_world_entropy = None, total / max(count, 1.0)
-                low, change = self._last_world_entropy <= self.args.entropy_target, self.args.entropy_coef_delta
-                moved = self.entropy_coef + (change if low else -change)
-                self.entropy_coef = min(max(moved, self.args.entropy_coef_min), self.args.entropy_coef_max)
-        if mode == "train" and last:
-            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        for metrics in self._metrics.values():
-            for name, values in metrics.items():
-                metrics[name] = [float(value) for value in values]
-        super().log(logs, *args, **kwargs)
 
 
 def _tokens_given(model: Any, inputs: Packed | Mapping[str, Tensor], *others: Any) -> int:

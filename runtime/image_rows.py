@@ -62,7 +62,7 @@ def has_images(columns: Sequence[str], sample: Sequence[Row]) -> bool:
     chats = (unpacked(row.get(column)) for column in CHATS for row in sample)
     messages = (m for chat in chats if isinstance(chat, list) for m in chat if isinstance(m, Mapping))
     contents = (m.get("content", m.get("value")) for m in messages)
-    return any(_is_image_part(part) for content in contents if isinstance(content, list) for part in content)
+    return any(is_image_part(part) for content in contents if isinstance(content, list) for part in content)
 
 
 def detect_images(
@@ -202,7 +202,8 @@ def _may_be_image(value: Any) -> bool:
 # -- in messages -------------------------------------------------------------------------------------------------------
 
 
-def _is_image_part(part: Any) -> bool:
+def is_image_part(part: Any) -> bool:
+    """Whether a part of a message's contents is an image, in any of the usual spellings."""
     return isinstance(part, Mapping) and (
         str(part.get("type") or "") in ("image", "image_url", "input_image")
         or ("text" not in part and any(part.get(name) for name in ("image", "image_url")))
@@ -218,8 +219,8 @@ def _as_text(message: Mapping[str, Any], inside: list[Any]) -> dict[str, Any]:
         return dict(message)
     texts = []
     for part in parts:
-        if _is_image_part(part):
-            inside.append(_own_image(part))
+        if is_image_part(part):
+            inside.append(own_image(part))
             texts.append(PLACE)
         elif isinstance(part, str):
             texts.append(part)
@@ -231,7 +232,8 @@ def _as_text(message: Mapping[str, Any], inside: list[Any]) -> dict[str, Any]:
     return {**message, key: "".join(texts)}
 
 
-def _own_image(part: Mapping[str, Any]) -> Any:
+def own_image(part: Mapping[str, Any]) -> Any:
+    """The image that a part of a message holds; None where it is a place for one."""
     for name in ("image", "image_url", "url", "path", "bytes", "base64"):
         value = part.get(name)
         if isinstance(value, Mapping) and not any(value.values()):

@@ -98,6 +98,17 @@ def open_image(value: Any, rules: ImageRules) -> Image.Image:
         return fitted(ImageOps.exif_transpose(plain) if plain is image else plain, rules)
 
 
+def header_of(value: Any, rules: ImageRules) -> tuple[int, int]:
+    """Width and height that an image's header gives, whose pixels are not read.
+
+    Raises:
+        BadRow: as :func:`open_image`, as far as the header tells.
+    """
+    with _opened(_data(value, rules)) as image:
+        _check(image, rules)
+        return image.size
+
+
 def size_of(value: Any, rules: ImageRules) -> tuple[int, int]:
     """Width and height that :func:`open_image` would return, from the image's header."""
     with _opened(_data(value, rules)) as image:

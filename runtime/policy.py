@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .policy_batch import IGNORED
 from .policy_loss import PolicyLoss, PolicyOutput, Sampled, policy_loss
-
-IGNORED = -100
-"""In place of a token that is not scored, as in transformers."""
 
 
 class Scores(NamedTuple):
@@ -105,51 +103,3 @@ def policy_step(
     """Score completions and compute the loss: trunk, head and loss in one graph. Arguments as of the functions."""
     scores = score(model, inputs, targets, head, settings.entropy_bonus)
     return PolicyStep(policy_loss(scores.log_p, scores.entropy, sampled, settings), scores.balance)
-
-
-# -- padding -----------------------------------------------------------------------------------------------------------
-
-
-def trimmed(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A micro-batch without the columns in which no row has a token.
-
-    TRL pads all completions of a generation to one length, and their prompts, before it takes them apart. Asks the
-    device once.
-
-    Args:
-        batch: ``prompt_ids``, ``prompt_mask`` (padded at the left), ``completion_ids``, ``completion_mask`` (at the
-            right), and values per completion or per token of it.
-    """
-    used_prompt, used = batch["prompt_mask"].any(0), batch["completion_mask"].any(0)
-    ends = torch.stack([used_prompt.sum(), used.sum()]).tolist()
-    prompt, tokens = (max(int(n), 1) for n in ends)
-    length = batch["completion_ids"].shape[1]
-    cut: dict[str, Any] = {}
-    for name, value in batch.items():
-        if name in ("prompt_ids", "prompt_mask"):
-            cut[name] = value[:, -prompt:].contiguous()
-        elif isinstance(value, Tensor) and value.dim() == 2 and value.shape[1] == length:
-            cut[name] = value[:, :tokens].contiguous()
-        else:
-            cut[name] = value
-    return cut
-
-
-def mark_lengths(*tensors: Any) -> None:
-    """Lengths vary from batch to batch: one graph shall serve all of them."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] > 1:
-            with suppress(AttributeError):
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-
-
-def without_idle_columns(ids: Tensor, mask: Tensor, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs and targets of rows that were padded to a common length with others, at both sides."""
-    used = mask.any(0).nonzero().flatten()[[0, -1]].tolist() if bool(mask.any()) else [0, ids.shape[1] - 1]
-    prompt = ids.shape[1] - tokens
-    first, end = min(used[0], prompt - 1), max(used[1] + 1, prompt + 1)
-    ids, mask = ids[:, first:end].contiguous(), mask[:, first:end].contiguous()
-    targets = ids.masked_fill(mask == 0, IGNORED)[:, prompt - first :].contiguous()
-    inputs = {"input_ids": ids} if len(ids) == 1 else {"input_ids": ids, "attention_mask": mask}
-    mark_lengths(*inputs.values(), targets)
-    return inputs, targets

@@ -30,9 +30,13 @@ class Problems:
 
     def add(self, name: str, row: int, reason: object) -> None:
         """Note that a row cannot be used."""
+        self.note(f"{name}:{row}", reason)
+
+    def note(self, name: str, reason: object) -> None:
+        """Note that something of this name cannot be used."""
         self.count += 1
         if len(self.lines) < SHOWN:
-            self.lines.append(f"{name}:{row}: {reason}")
+            self.lines.append(f"{name}: {reason}")
 
     def __str__(self) -> str:
         more = self.count - len(self.lines)

@@ -151,5 +151,7 @@ def _sample(arguments: dict[str, Any], index: int) -> str:
 def _text(messages: Any) -> str:
     """The end of a prompt or the beginning of a completion, chats by their last message."""
     text = messages[-1].get("content") if isinstance(messages, list) and messages else messages
+    if isinstance(text, list):  # in parts, of which an image is shown as what it is
+        text = "".join(part.get("text") or f"<{part.get('type')}>" for part in text)
     text = str(text)
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}…")

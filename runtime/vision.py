@@ -56,14 +56,8 @@ class Chat:
 
     def _place(self, tokens: list[str]) -> str | None:
         """The token that the template writes for a part that is an image; None where it takes no parts."""
-        texts = []
-        for parts in ([], [{"type": "image"}]):
-            content = [*parts, {"type": "text", "text": _KNOWN["user"]}]
-            try:
-                texts.append(self.apply_chat_template([{"role": "user", "content": content}]))
-            except (jinja2.TemplateError, TypeError, ValueError):
-                return None
-        if any(_KNOWN["user"] not in text or "'type'" in text or '"type"' in text for text in texts):
+        texts = texts_of_parts(self.apply_chat_template)
+        if texts is None:
             return None
         return next((t for t in tokens if texts[1].count(t) == texts[0].count(t) + 1), None)
 
@@ -292,6 +286,20 @@ class VisionCollator:
         if not good:
             raise DataError("\n".join(problems))
         return alone(good)
+
+
+def texts_of_parts(apply_chat_template: Callable[..., Any]) -> list[str] | None:
+    """What a template makes of a question without and with an image; None where it takes no contents in parts."""
+    texts = []
+    for parts in ([], [{"type": "image"}]):
+        content = [*parts, {"type": "text", "text": _KNOWN["user"]}]
+        try:
+            texts.append(apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+        except (jinja2.TemplateError, TypeError, ValueError):
+            return None
+    if any(_KNOWN["user"] not in text or "'type'" in text or '"type"' in text for text in texts):
+        return None
+    return texts
 
 
 def _image_ids(processor: Any, place: str) -> list[int]:

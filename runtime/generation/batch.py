@@ -18,6 +18,7 @@ import torch
 from ..prompts import context_of, refuse_too_long
 from .cache import NewTokens, decoding, keeps_one, versions
 from .decode import Decoder, Row
+from .images import Beside, shift_of, together
 from .pages import PAGE, TRASH, Book, Pools, affordable, free_bytes, pages_for
 from .sampling import Sampling
 from .support import Layout
@@ -56,10 +57,12 @@ class _Prompt:
     """A distinct prompt: all but its last token are in pages, which each sequence decodes for itself."""
 
     ids: list[int]
+    beside: Beside = field(default_factory=Beside)
     waiting: int = 0
     full: list[int] = field(default_factory=list)
     partial: int | None = None
     read: bool = False
+    shift: int = 0  # of the positions behind its images
 
     @property
     def stored(self) -> int:
@@ -93,6 +96,7 @@ class _Sequence:
             last=self.capacity - 1,
             pages=self.pages,
             history=[*self.prompt.ids, *ids],
+            shift=self.prompt.shift,
         )
 
 
@@ -104,6 +108,7 @@ class Batch:
         model: Any,
         layout: Layout,
         prompts: Sequence[Sequence[int]],
+        beside: Sequence[Beside],
         sampling: Sampling,
         tokenizer: Any,
         device: torch.device,
@@ -112,16 +117,22 @@ class Batch:
         run: Any,
     ) -> None:
         self.model, self.layout, self.sampling, self.tokenizer, self.device = model, layout, sampling, tokenizer, device
-        distinct: dict[tuple[int, ...], _Prompt] = {}
+        distinct: list[_Prompt] = []
+        by_ids: dict[tuple[int, ...], list[_Prompt]] = {}  # which may be of different images
         seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**31, ()))
         self.sequences: list[_Sequence] = []
         context = context_of(model)
-        for index, ids in enumerate(prompts):
+        for index, (ids, theirs) in enumerate(zip(prompts, beside, strict=True)):
             new = sampling.new_tokens
             if context is not None:  # what was made for fewer positions may have no more of them
                 refuse_too_long(len(ids), context, f"prompt {index}")
                 new = min(new, context - len(ids))
-            prompt = distinct.setdefault(tuple(ids), _Prompt(list(ids)))
+            alike = by_ids.setdefault(tuple(ids), [])
+            prompt = next((p for p in alike if p.beside.equals(theirs)), None)
+            if prompt is None:
+                prompt = _Prompt(list(ids), theirs)
+                alike.append(prompt)
+                distinct.append(prompt)
             for _ in range(sampling.per_prompt):
                 self.sequences.append(_Sequence(len(self.sequences), prompt, Completion(), new))
                 prompt.waiting += 1
@@ -138,7 +149,7 @@ class Batch:
         self.book = Book(pages)
         self.pools = Pools(layout.shapes, pages, device)
         # Who continues the same prompt comes together: its pages are held until the last of them is admitted.
-        order = {prompt: place for place, prompt in enumerate(distinct.values())}
+        order = {prompt: place for place, prompt in enumerate(distinct)}
         self.waiting = sorted(self.sequences, key=lambda s: (order[s.prompt], s.index), reverse=True)
         self.active: list[_Sequence] = []
         self.rows = min(rows, len(self.sequences))
@@ -253,7 +264,18 @@ class Batch:
         cache = NewTokens(self.pools)
         cache.slots = page.flatten().to(self.device), offset.flatten().to(self.device)
         # No mask: what is padded at the right is seen by nobody to its left.
-        self.model(input_ids=ids.to(self.device), use_cache=True, **{self.layout.cache: cache}, **keeps_one(self.model))
+        ids = ids.to(self.device)
+        parts = [(ids[row : row + 1, : prompt.stored], prompt.beside) for row, prompt in enumerate(prompts)]
+        positions = [beside.positions(self.model, theirs) for theirs, beside in parts]
+        for prompt, where in zip(prompts, positions, strict=True):
+            prompt.shift = shift_of(where)
+        self.model(
+            input_ids=ids,
+            use_cache=True,
+            **{self.layout.cache: cache},
+            **keeps_one(self.model),
+            **together(parts, positions),
+        )
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

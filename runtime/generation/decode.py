@@ -34,6 +34,7 @@ class Row(NamedTuple):
         last: the last position that it can need.
         pages: that it holds, in order.
         history: all its tokens, where a penalty reads them.
+        shift: by how much the model's positions differ from ``position``, behind images.
     """
 
     token: int
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     last: int
     pages: Sequence[int]
     history: Sequence[int]
+    shift: int = 0
 
 
 def logits_of(
@@ -87,7 +89,7 @@ class Decoder:
         def zeros(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(sizes, dtype=dtype, device=self.device)
 
-        self.tokens, self.lengths, self.last = zeros(self.rows), zeros(self.rows), zeros(self.rows)
+        self.tokens, self.lengths, self.last, self.shifts = (zeros(self.rows) for _ in range(4))
         self.tables = zeros(self.rows, -(-longest // PAGE), dtype=torch.int32)
         self.history = zeros(self.rows, longest) if sampling.needs_history else None
         self.noise = zeros(every, self.rows, dtype=torch.float64)
@@ -109,6 +111,7 @@ class Decoder:
         self._upload(self.tokens, [row.token for row in rows] + [0] * idle)
         self._upload(self.lengths, [row.position for row in rows] + [0] * idle)
         self._upload(self.last, [row.last for row in rows] + [0] * idle)
+        self._upload(self.shifts, [row.shift for row in rows] + [0] * idle)
         self._upload(self.tables, table + [[TRASH] * width] * idle)
         if self.history is not None:
             # Behind the end stands the first token again, which is among those before in any case.
@@ -146,7 +149,7 @@ class Decoder:
     def _step(self, rows: int) -> None:
         """One token for each of the first rows."""
         tokens, lengths, tables = self.tokens[:rows], self.lengths[:rows], self.tables[:rows]
-        cache, ids, positions = self.cache, tokens.unsqueeze(1), lengths.unsqueeze(1)
+        cache, ids, positions = self.cache, tokens.unsqueeze(1), (lengths + self.shifts[:rows]).unsqueeze(1)
         cache.tables, cache.lengths, cache.fresh = tables, lengths.int(), {}
         if self.compiles:
             for x in (ids, positions, cache.tables, cache.lengths):
@@ -168,7 +171,7 @@ class Decoder:
         # Whoever is past its end decodes its last position again, until the host sees it.
         lengths.copy_(torch.minimum(lengths + 1, self.last[:rows]))
         if history is not None:
-            history.scatter_(1, positions, chosen.unsqueeze(1))
+            history.scatter_(1, lengths.unsqueeze(1), chosen.unsqueeze(1))
         tokens.copy_(chosen)
         self.turn.add_(1)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...compiler.options import Options
 from ...compiler.report import GraphReport
@@ -20,8 +20,9 @@ from ...compiler.run import compiled
 from .batch import Batch, Completion
 from .cache import at_rest
 from .decode import logits_of
+from .images import Beside
 from .sampling import Sampling
-from .support import Layout, Unsupported, base_of, examine
+from .support import Layout, Unsupported, base_of, compare, examine
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,26 @@ class Engine:
         self.reports: list[GraphReport] = []
         self._compiled: Any = None
         self._broken = False
+        self._sees: bool | str | None = None  # whether images are read as they should be, or why not
+
+    def check_images(self, model: Any, ids: Sequence[int], beside: Beside) -> None:
+        """See to it that what is decoded behind a prompt's images is what the model's forward says; asked once.
+
+        Args:
+            model: at rest, without PEFT's wrapper.
+
+        Raises:
+            Unsupported: saying why not.
+        """
+        if self._sees is None:
+            try:
+                row = torch.tensor(ids, device=model.get_input_embeddings().weight.device)[None]
+                compare(model, self.layout, row, beside)
+                self._sees = True
+            except Unsupported as error:
+                self._sees = str(error)
+        if isinstance(self._sees, str):
+            raise Unsupported(self._sees)
 
     def step(self, compile: bool, options: Options | None) -> Any:
         """The function that decodes, compiled by the backend where that is asked for and possible."""
@@ -103,6 +124,7 @@ def complete(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
+    media: Sequence[Mapping[str, Tensor]] | None = None,
     tokenizer: Any = None,
     rows: int = MOST_ROWS,
     share: float = SHARE,
@@ -114,6 +136,8 @@ def complete(
     Args:
         prompts: tokens, without padding; equal ones are read once.
         sampling: how; ``per_prompt`` completions of each prompt stand one after the other in the result.
+        media: what the model's forward takes beside the tokens of each prompt, with a batch of one: pixels, and
+            ``mm_token_type_ids`` or ``token_type_ids`` [1, tokens]; empty where it has no image.
         tokenizer: needed for stop strings.
         rows: sequences that decode together, at most.
         share: of the device's free memory that keys and values may take.
@@ -137,8 +161,12 @@ def complete(
     engine, base = engine_of(model), base_of(model)
     device = base.get_input_embeddings().weight.device
     run = engine.step(device.type == "cuda" if compile is None else compile, options)
+    beside = [Beside(one) for one in media or [{}] * len(prompts)]
     with at_rest(model):
-        batch = Batch(base, engine.layout, prompts, sampling, tokenizer, device, rows, share, run)
+        with_images = next((index for index, one in enumerate(beside) if one.has_images), None)
+        if with_images is not None:
+            engine.check_images(base, prompts[with_images], beside[with_images])
+        batch = Batch(base, engine.layout, prompts, beside, sampling, tokenizer, device, rows, share, run)
         try:
             return batch.finish()
         finally:

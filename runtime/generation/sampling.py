@@ -25,7 +25,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0.0,), "guidance_scale": (1.0, 1), "renormalize_logits": (False,), "remove_invalid_values": (False,),
     "token_healing": (False,), "penalty_alpha": (0.0,), "use_mtp": (False,), "low_memory": (False,),
     "output_attentions": (False,), "output_hidden_states": (False,), "output_scores": (False,),
-    "output_logits": (False,), "return_dict_in_generate": (False,), "suppress_tokens": ([],),
+    "output_logits": (False,), "return_dict_in_generate": (False,),
     "begin_suppress_tokens": ([],), "bad_words_ids": ([],), "is_assistant": (False,),
 }  # fmt: skip
 _ABOUT_HOW = {"use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"}
@@ -34,6 +34,7 @@ _ABOUT_HOW |= {"num_assistant_tokens_schedule", "assistant_confidence_threshold"
 _ABOUT_HOW |= {"target_lookbehind", "max_matching_ngram_size", "assistant_early_exit", "decoder_start_token_id"}
 _UNDERSTOOD = {"max_length", "max_new_tokens", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 _UNDERSTOOD |= {"repetition_penalty", "pad_token_id", "bos_token_id", "eos_token_id", "num_return_sequences"}
+_UNDERSTOOD |= {"suppress_tokens"}
 _LIKE_VLLM = ("max_tokens", "n", "stop", "stop_token_ids", "ignore_eos")
 
 
@@ -48,6 +49,7 @@ class Sampling:
         top_k, top_p, min_p, repetition_penalty: as in transformers; 0, 1, 0 and 1 change nothing.
         ends: tokens that end a completion, and belong to it.
         stops: texts that end a completion, and belong to it.
+        suppressed: tokens that are never chosen, such as one that stands for an image.
         seed: of the draws; None draws one from PyTorch's own generator.
         per_prompt: completions of each prompt.
     """
@@ -61,6 +63,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     ends: frozenset[int] = frozenset()
     stops: tuple[str, ...] = ()
+    suppressed: frozenset[int] = frozenset()
     seed: int | None = None
     per_prompt: int = 1
 
@@ -95,7 +98,8 @@ class Sampling:
                 filters.append(transformers.MinPLogitsWarper(self.min_p))
 
         def chosen(logits: Tensor, history: Tensor | None, noise: Tensor) -> tuple[Tensor, Tensor]:
-            return choose(logits, history, noise if self.sample else None, self.temperature, penalties, filters)
+            drawn = noise if self.sample else None
+            return choose(logits, history, drawn, self.temperature, penalties, filters, self.suppressed)
 
         return chosen
 
@@ -112,6 +116,7 @@ def choose(
     temperature: float,
     penalties: Callable[..., Tensor],
     filters: Callable[..., Tensor],
+    suppressed: Iterable[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """One token for each row.
 
@@ -120,6 +125,7 @@ def choose(
         history: int64 [rows, length], the tokens before, however often each; None where no penalty reads it.
         noise: float64 [rows] in [0, 1); None takes the likeliest token.
         temperature, penalties, filters: applied in this order: penalties, temperature, filters.
+        suppressed: tokens that are not chosen.
 
     Returns:
         tokens int64 [rows], and their log-probabilities float32 [rows] at that temperature before penalties and
@@ -127,11 +133,14 @@ def choose(
     """
     logits = logits.float()
     scores = logits if history is None else penalties(history, logits.clone())
+    for token in suppressed:  # few; a tensor of them would have to come from the host
+        scores = scores.clone() if scores is logits else scores
+        scores[:, token] = -torch.inf
     if noise is None:
         tokens = scores.argmax(-1)
     else:
-        logits = logits / temperature
-        scores = logits if history is None else scores / temperature
+        plain, logits = scores is logits, logits / temperature
+        scores = logits if plain else scores / temperature
         cumulative = filters(history, scores).softmax(-1).double().cumsum(-1)
         target = (noise * cumulative[:, -1]).unsqueeze(1)
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -183,6 +192,7 @@ def sampling_of(given: Any, model: Any, longest_prompt: int, changes: dict[str, 
         repetition_penalty=_or(found, "repetition_penalty", 1.0),
         ends=frozenset({*_listed(found.get("eos_token_id")), *more_ends}),
         stops=tuple(_listed(found.get("stop_strings"))),
+        suppressed=frozenset(_listed(found.get("suppress_tokens"))),
         seed=seed,
         per_prompt=int(_or(found, "num_return_sequences", 1)),
     )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...kernels.paged_attention import paged_attention
 from .cache import NewTokens, cache_argument, decoding
-from .pages import PAGE, TRASH, Pools, Shape
+from .images import Beside, shift_of, together
+from .pages import PAGE, TRASH, Pools, Shape, pages_for
 
 _KINDS = {"full_attention", "sliding_attention"}
 _PROMPT, _DECODED = 3, 2
@@ -95,13 +96,31 @@ def examine(model: Any) -> Layout:
     ids = (torch.arange(2 * (_PROMPT + _DECODED), device=device).view(2, -1) * 7 + 11) % vocabulary
     capped = model.config.get_text_config(decoder=True)._attn_implementation != "sdpa"
     try:
-        expected = model(input_ids=ids, use_cache=False).logits[:, _PROMPT:]
         noted = NewTokens()
         model(input_ids=ids[:, :_PROMPT], use_cache=True, **{name: noted})
         layout = Layout(noted.shapes(), name, capped)
         if not layout.shapes:
             raise Unsupported("it puts no keys and values into its cache")
-        found = _decoded(model, layout, ids)
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(f"decoding from pages raises {type(error).__name__}: {str(error)[:200]}") from error
+    compare(model, layout, ids, Beside())
+    return layout
+
+
+def compare(model: Any, layout: Layout, ids: Tensor, beside: Beside) -> None:
+    """Decode the last tokens of rows [rows, length], at rest, and compare logits with those of the model's forward.
+
+    Args:
+        beside: what stands beside the tokens, of which the last ones are none of an image's; one row then.
+
+    Raises:
+        Unsupported: when they differ, or the model cannot be run so.
+    """
+    try:
+        expected = model(input_ids=ids, use_cache=False, **beside.media).logits[:, -_DECODED:]
+        found = _decoded(model, layout, ids, beside)
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -109,32 +128,38 @@ def examine(model: Any) -> Layout:
     error = float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
     if not error <= TOLERANCE.get(next(iter(layout.shapes.values())).dtype, 8e-2):
         raise Unsupported(f"decoding from pages gives other logits than its forward, by {error:.1e} of their norm")
-    return layout
 
 
-def _decoded(model: Any, layout: Layout, ids: Tensor) -> Tensor:
-    """Logits [2, decoded, vocabulary] of the last tokens, one at a time."""
-    cache = NewTokens(Pools(layout.shapes, 3, ids.device), capped=layout.capped, watching=True)
+def _decoded(model: Any, layout: Layout, ids: Tensor, beside: Beside) -> Tensor:
+    """Logits [rows, decoded, vocabulary] of the last tokens, one at a time."""
+    (rows, length), device = ids.shape, ids.device
+    prompt, pages = length - _DECODED, pages_for(length)
+    cache = NewTokens(Pools(layout.shapes, TRASH + 1 + rows * pages, device), capped=layout.capped, watching=True)
     assert cache.pools is not None
-    place = torch.arange(_PROMPT, device=ids.device).repeat(2)
-    page = torch.arange(1, 3, device=ids.device).repeat_interleave(_PROMPT)
-    assert TRASH < 1 and PAGE > _PROMPT + _DECODED
-    cache.slots = page, place
-    model(input_ids=ids[:, :_PROMPT], use_cache=True, **{layout.cache: cache})
+    tables = torch.arange(TRASH + 1, TRASH + 1 + rows * pages, device=device).view(rows, pages)
+    place = torch.arange(prompt, device=device)
+    cache.slots = tables[:, place // PAGE].flatten(), (place % PAGE).repeat(rows)
+    positions = beside.positions(model, ids[:, :prompt])
+    model(
+        input_ids=ids[:, :prompt],
+        use_cache=True,
+        **{layout.cache: cache},
+        **together([(ids[:, :prompt], beside)], [positions]),
+    )
     cache.slots = None
-    cache.tables = torch.tensor([[1], [2]], dtype=torch.int32, device=ids.device)
+    cache.tables = tables.int()
     logits = []
     with decoding(model, cache):
-        for position in range(_PROMPT, _PROMPT + _DECODED):
-            cache.lengths = torch.full((2,), position, dtype=torch.int32, device=ids.device)
+        for position in range(prompt, length):
+            cache.lengths = torch.full((rows,), position, dtype=torch.int32, device=device)
             cache.fresh = {}
             output = model(
                 input_ids=ids[:, position, None],
-                position_ids=torch.full((2, 1), position, device=ids.device),
+                position_ids=torch.full((rows, 1), position + shift_of(positions), device=device),
                 use_cache=True,
                 **{layout.cache: cache},
             )
-            cache.pools.write_all(cache.fresh, cache.tables[:, 0].long(), cache.lengths.long())
+            cache.pools.write_all(cache.fresh, tables[:, position // PAGE], cache.lengths.long() % PAGE)
             logits.append(output.logits[:, -1])
     _check_told(model, layout, cache)
     return torch.stack(logits, dim=1)

@@ -156,7 +156,7 @@ def test_completions_are_scored_as_they_were_drawn(tmp_path: Path) -> None:
 
 def test_generate_can_be_asked_for(tmp_path: Path, monkeypatch: Any) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("unsloth.runtime.grpo.complete", lambda *_, **__: asked.append("ours"))
+    monkeypatch.setattr("unsloth.runtime.policy_completions.complete", lambda *_, **__: asked.append("ours"))
     made = unscripted(GRPOTrainer, tmp_path, {"fast_rollouts": False})
     ids, log_p = made._generate_single_turn([[5, 6], [7]], None, {}, 1)
     assert len(ids) == 2 and log_p is None and not asked

@@ -20,7 +20,7 @@ from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.models.presets import build
 from unsloth.runtime.grpo import GRPOTrainer
 from unsloth.runtime.packed_policy import pack, unlike
-from unsloth.runtime.policy import trimmed
+from unsloth.runtime.policy_batch import trimmed
 from unsloth.runtime.policy_loss import LOSSES, PolicyLoss, Sampled, policy_loss, settings_of
 from unsloth.runtime.problems import DataError
 from unsloth.runtime.rewards import RewardError
