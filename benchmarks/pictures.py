@@ -107,6 +107,8 @@ def _numbered_patches(p: Pictures, names: set[str]) -> Batch | None:
         return None
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).add(1).float().expand(p.rows, -1, -1)
     batch = {"flattened_patches": torch.cat([places, p.pixels(p.rows, 16, p.flat)], dim=-1)}
+    if "input_ids" not in names:  # so that the mask is not of a text
+        batch["attention_mask"] = torch.ones(p.rows, 16)
     sizes = {n: torch.full((p.rows,), 4) for n in ("width", "height") if n in names}
     return batch | sizes
 
@@ -268,7 +270,7 @@ def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     if "use_cache" in names:
         batch["use_cache"] = False
     for name, make in _PER_TOKEN.items():
-        if name in names:
+        if name in names and name not in batch:
             batch[name] = make(place)
     if "aspect_ratio_ids" in images:
         batch["cross_attention_mask"] = (~place)[:, :, None, None] & images["aspect_ratio_mask"].bool()[:, None]

@@ -136,6 +136,14 @@ def test_batches_are_laid_out_as_the_model_takes_images() -> None:
     assert ((batch["labels"] == -100).sum(1) == tokens).all()
 
 
+def test_a_mask_is_of_patches_where_a_model_takes_no_text() -> None:
+    size = pictures.Pictures(CONFIG_MAPPING["pix2struct"](), rows=2)
+    alone = pictures._numbered_patches(size, {"flattened_patches", "attention_mask", "labels"})
+    beside_text = pictures._numbered_patches(size, {"flattened_patches", "attention_mask", "labels", "input_ids"})
+    assert alone is not None and alone["attention_mask"].shape == alone["flattened_patches"].shape[:2]
+    assert beside_text is not None and "attention_mask" not in beside_text
+
+
 def test_a_step_that_ignores_its_images_does_not_count() -> None:
     model, batch, eager = sweep_worker.runnable("llava", "vision")
     sweep_worker.looks(model, batch, eager)
