@@ -37,6 +37,9 @@ class Pictures:
         self.pool = _number(part, ("pooling_kernel_size",), 1)
         self.tiles = _number(part, ("max_num_tiles",), 1)
         self.patches = _number(part, ("num_patches", "max_num_patches"), 16)
+        self.state, self.action, self.moves = (
+            _number(config, (name,), 1) for name in ("max_state_dim", "max_action_dim", "chunk_size")
+        )
         self.generator = torch.Generator().manual_seed(0)
 
     def pixels(self, *shape: int) -> Tensor:
@@ -107,6 +110,8 @@ def _numbered_patches(p: Pictures, names: set[str]) -> Batch | None:
         return None
     places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).add(1).float().expand(p.rows, -1, -1)
     batch = {"flattened_patches": torch.cat([places, p.pixels(p.rows, 16, p.flat)], dim=-1)}
+    if "input_ids" not in names:  # so that the mask is not of a text
+        batch["attention_mask"] = torch.ones(p.rows, 16)
     sizes = {n: torch.full((p.rows,), 4) for n in ("width", "height") if n in names}
     return batch | sizes
 
@@ -197,6 +202,18 @@ def _tiles_of_rows(p: Pictures, names: set[str]) -> Batch | None:
     return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(p.rows, 1, dtype=torch.bool)}
 
 
+def _cameras_of_rows(p: Pictures, names: set[str]) -> Batch | None:
+    """What a robot's one camera sees, where its joints are, and the moves that it is to make (π₀)."""
+    if "state" not in names or "actions" not in names:
+        return None
+    moves = {name: p.pixels(p.rows, p.moves, p.action) for name in ("actions", "noise")}
+    images = {
+        "pixel_values": p.pixels(p.rows, 1, p.channels, p.side, p.side),
+        "pixel_attention_mask": torch.ones(p.rows, 1, dtype=torch.bool),
+    }
+    return {**images, **moves, "state": p.pixels(p.rows, p.state), "timestep": torch.linspace(0.2, 0.8, p.rows)}
+
+
 def _images(p: Pictures, names: set[str]) -> Batch | None:
     """An image for each row."""
     return _beside(p, names, p.pixels(p.rows, p.channels, p.side, p.side))
@@ -240,8 +257,9 @@ def _beside(p: Pictures, names: set[str], pixels: Tensor) -> Batch | None:
 
 _LAYOUTS: tuple[Callable[[Pictures, set[str]], Batch | None], ...] = (
     _grid, _grid_of_one_frame, _grid_of_images, _grid_of_images_in_a_row, _patches, _numbered_patches, _placed_patches,
-    _placed_pools, _grid_of_tokens, _grid_of_sides, _pooled_patches, _packed_strips, _tiles, _tiles_of_rows, _images,
-    _images_without_sizes, _images_of_rows, _crops_of_rows, _frames_of_rows, _patches_of_rows, _frames_of_tokens,
+    _placed_pools, _grid_of_tokens, _grid_of_sides, _pooled_patches, _packed_strips, _tiles, _tiles_of_rows,
+    _cameras_of_rows, _images, _images_without_sizes, _images_of_rows, _crops_of_rows, _frames_of_rows,
+    _patches_of_rows, _frames_of_tokens,
 )  # fmt: skip
 
 
@@ -268,13 +286,15 @@ def _with_text(model: Any, images: Batch, names: set[str], rows: int) -> Batch:
     if "use_cache" in names:
         batch["use_cache"] = False
     for name, make in _PER_TOKEN.items():
-        if name in names:
+        if name in names and name not in batch:
             batch[name] = make(place)
     if "aspect_ratio_ids" in images:
         batch["cross_attention_mask"] = (~place)[:, :, None, None] & images["aspect_ratio_mask"].bool()[:, None]
         batch["cross_attention_mask"] = batch["cross_attention_mask"].long()
     if "input_ids" not in names:  # the labels are all that its decoder reads
         del batch["input_ids"]
+    if "actions" in images:  # which are learnt instead of a text
+        del batch["labels"]
     return batch
 
 
@@ -304,11 +324,14 @@ _FEATURES = ("get_image_features", "get_video_features")
 
 def _tokens_of_images(model: Any, images: Batch, rows: int) -> list[int]:
     """How many tokens each row's image stands for."""
-    owners = [(m, name) for name in _FEATURES for m in (getattr(model, "model", None), model) if hasattr(m, name)]
+    insides = (getattr(model, "model", None), model, *model.modules())
+    owners = [(m, name) for name in _FEATURES for m in insides if hasattr(m, name)]
     if not owners or "aspect_ratio_ids" in images:  # cross-attention: one token marks the image
         return [1] * rows
     find = getattr(*owners[0])
     takes = set(inspect.signature(find).parameters)
+    if "state" in images:  # the model of images and text inside of a robot's takes them without a row
+        images = {**images, "pixel_values": images["pixel_values"].flatten(0, 1)}
     with torch.no_grad():
         found = find(**{k: v for k, v in images.items() if k in takes})
     pooled = getattr(found, "pooler_output", found)

@@ -5,7 +5,8 @@
 
 A tiny random model of each type (``models/shrink.py``), of causal language models and of those from images and text to
 text (``benchmarks/pictures.py`` makes their batches), takes one step in eager and one compiled by our backend under
-``strict`` and eager lowering; the loss and every gradient are compared. The models run in worker processes
+``strict`` and eager lowering; the loss and every gradient are compared. Models of images run as the trainer runs them
+(``runtime/image_shapes.py``), against eager as it is. The models run in worker processes
 (``benchmarks/sweep_worker.py``) that are replaced when one dies or exceeds its time.
 """
 
@@ -170,9 +171,9 @@ def document_with_images(rows: list[Row], versions: dict[str, str]) -> str:
         *_outcome(rows),
         *_recognised(equal, f"these {len(equal)}, towers and projectors included,"),
         "",
-        "*Breaks*: most are sizes that are read off a grid of patches inside of the tower, as in "
-        "`torch.split(x, lengths.tolist())`, and the check that text has as many image tokens as there are features. "
-        "[Image shapes](image_shapes.md) says how one graph serves images of all sizes instead.",
+        "The step runs as the trainer runs it: what is read off the sizes of images is a symbol of the graph, or "
+        "computed before it, as [image shapes](image_shapes.md) says. *Breaks*: what is left of that, mostly numbers "
+        "that a tower reads off a grid of patches, as in `torch.split(x, lengths.tolist())`, and branches on them.",
         "",
         *_table(rows),
     ]

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -79,12 +80,12 @@ def examine(name: str, lowering: str = "eager", family: str = "text") -> Row:
         return {"type": name, "status": "random", "reason": f"two eager runs differ: {difference}"}
     row: Row = {"type": name, "status": "equal", "seeded": bool(compare(step(model, model, batch, seed=1), eager))}
     try:
-        ours, facts = compiled_step(model, batch, lowering=lowering)
+        ours, facts = compiled_step(model, batch, lowering=lowering, family=family)
         row |= facts
         if difference := compare(ours, eager):
-            row |= {"status": "wrong", "reason": f"{difference} ({blame(model, batch, eager)})"}
+            row |= {"status": "wrong", "reason": f"{difference} ({blame(model, batch, eager, family)})"}
     except Exception as error:  # noqa: BLE001
-        row |= {"status": "crashed", "reason": f"{describe(error)} ({blame(model, batch, eager)})"}
+        row |= {"status": "crashed", "reason": f"{describe(error)} ({blame(model, batch, eager, family)})"}
     return row
 
 
@@ -192,7 +193,7 @@ def finite(result: Step) -> Step:
 
 
 def compiled_step(
-    model: Any, batch: dict[str, Any], recognisers: Any = None, lowering: str = "eager"
+    model: Any, batch: dict[str, Any], recognisers: Any = None, lowering: str = "eager", family: str = "text"
 ) -> tuple[Step, Row]:
     """The step under our backend, and what the backend says of it."""
     from torch._inductor import config as inductor_config
@@ -201,18 +202,20 @@ def compiled_step(
     from unsloth.compiler.explain import Explanation
     from unsloth.compiler.options import Options
     from unsloth.compiler.report import GraphReport
-    from unsloth.compiler.run import compiled
+    from unsloth.compiler.run import compiled, sizes_in_graph
     from unsloth.passes.recognise import RECOGNISERS
 
     reports: list[GraphReport] = []
     options = Options.parse({"strict": True, "lowering": lowering})
     run = compiled(model, options, reports, RECOGNISERS if recognisers is None else recognisers)
+    batch, left = as_trained(model, batch) if family == "vision" else (batch, [])
     # Inductor draws dropout masks of its own unless told to draw eager's.
-    with watched() as breaks, inductor_config.patch(fallback_random=True):
+    sizes = sizes_in_graph() if family == "vision" else nullcontext()
+    with watched() as breaks, inductor_config.patch(fallback_random=True), sizes:
         result = step(run, model, batch)
     said = Explanation("", reports, tuple(breaks))
     misses = [f"{m.operator}: {m.detail}" for m in said.missed] + [f"break: {b.cause}" for b in breaks]
-    misses += [f"{place.family}: no formula comes close" for place in said.unexplained]
+    misses += [f"{place.family}: no formula comes close" for place in said.unexplained] + left
     coverage = said.coverage
     return result, {
         "graphs": len(reports),
@@ -222,6 +225,17 @@ def compiled_step(
         "covered": [coverage.flops.covered, coverage.bytes.covered],
         "misses": list(dict.fromkeys(misses)),
     }
+
+
+def as_trained(model: Any, batch: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The batch as the trainer gives it to a model of images, and why what depends on their sizes is left to it."""
+    from unsloth.runtime.image_shapes import ImageShapes
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batch = ImageShapes(model)(batch)
+    said = [str(warning.message).removeprefix("unsloth: ") for warning in caught]
+    return batch, [text for text in said if text.startswith("each size of image")]
 
 
 def compare(ours: Step, eager: Step) -> str:
@@ -238,21 +252,24 @@ def compare(ours: Step, eager: Step) -> str:
     return ""
 
 
-def blame(model: Any, batch: dict[str, Any], eager: Step) -> str:
+def blame(model: Any, batch: dict[str, Any], eager: Step, family: str = "text") -> str:
     """Where it goes wrong: Dynamo without us, the capture without passes, or the pass that first does harm."""
     import torch
 
+    from unsloth.compiler.run import sizes_in_graph
     from unsloth.passes.recognise import RECOGNISERS
 
     torch._dynamo.reset()
     try:
-        if compare(step(torch.compile(model, backend="eager"), model, batch), eager):
+        with sizes_in_graph() if family == "vision" else nullcontext():
+            alone = step(torch.compile(model, backend="eager"), model, batch)
+        if compare(alone, eager):
             return "Dynamo alone is wrong too"
     except Exception:  # noqa: BLE001
         return "Dynamo alone fails too"
     for end in range(len(RECOGNISERS) + 1):
         try:
-            same = not compare(compiled_step(model, batch, RECOGNISERS[:end])[0], eager)
+            same = not compare(compiled_step(model, batch, RECOGNISERS[:end], family=family)[0], eager)
         except Exception:  # noqa: BLE001
             same = False
         if not same:

@@ -8,11 +8,12 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import exc as dynamo_errors
 from torch._dynamo import utils as dynamo_utils
 
 
@@ -36,6 +37,16 @@ class Break:
 
 # The first row that fits is the answer. Each is a cause that real models and trainers have.
 _REMEDIES: tuple[tuple[str, str], ...] = (
+    (
+        r"data is not allocated yet",
+        "PyTorch reads the data of a tensor that has none while it is traced, as of an index that is a list of "
+        "tensors: make one tensor of them, as in x[torch.stack(places)]",
+    ),
+    (
+        r"when making fake tensor call",
+        "PyTorch refuses these arguments while it traces, even where a kernel takes them: give it shapes and types "
+        "that its documentation allows",
+    ),
     (
         r"requires_grad_?\b|register_(forward_)?hook|enable_input_require_grads",
         "leave out gradient_checkpointing and enable_input_require_grads(): what to recompute is the planner's choice",
@@ -69,6 +80,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         "a function that Dynamo cannot look into: wrap it with torch.library.custom_op, or write it in torch",
     ),
 )
+_COMPILATIONS = 4096  # whose outcome is kept
 _ANY = "TORCH_LOGS=graph_breaks shows the line that breaks; rewrite it in torch, or move it out of forward"
 
 
@@ -94,10 +106,43 @@ def watched() -> Iterator[list[Break]]:
     found: list[Break] = []
     torch._dynamo.reset()
     try:
-        yield found
+        with _failures() as failed:
+            yield found
     finally:
         found += _distinct(Counter(counters) - before, [r for r in dynamo_utils.graph_break_reasons if r.graph_break])
+        found += dict.fromkeys(failed)
         torch._dynamo.reset()
+
+
+@contextmanager
+def _failures() -> Iterator[list[Break]]:
+    """Fill a list with the errors of Dynamo's own, for which a function and all that called it were not compiled."""
+    failed: list[Break] = []
+    limit = dynamo_utils.DEFAULT_COMPILATION_METRICS_LIMIT
+    dynamo_utils.set_compilation_metrics_limit(_COMPILATIONS)
+    before = dynamo_utils.get_compilation_metrics()
+    try:
+        yield failed
+    finally:
+        for metrics in dynamo_utils.get_compilation_metrics():
+            if _is_failure(metrics.fail_type) and not any(metrics is old for old in before):
+                line = f"{Path(metrics.fail_user_frame_filename or '').name}:{metrics.fail_user_frame_lineno}"
+                found = explain_break(metrics.fail_reason or "", line)
+                failed.append(replace(found, cause=_of_call(metrics.fail_reason or "") or found.cause))
+        dynamo_utils.set_compilation_metrics_limit(limit)
+
+
+def _is_failure(name: str | None) -> bool:
+    """Whether an exception of this name is neither a graph break nor a frame that there is nothing to do for."""
+    kind = getattr(dynamo_errors, name, Exception) if name else None
+    expected = (dynamo_errors.Unsupported, dynamo_errors.UserError, dynamo_errors.SkipFrame)
+    return kind is not None and not issubclass(kind, expected)
+
+
+def _of_call(reason: str) -> str:
+    """Which call failed while it was traced, and on what; empty where Dynamo does not say."""
+    found = re.search(r"with fake tensors: \w+ (.+?)\(\*\(.*: got (\w+)\(['\"](.*?)(\\n|['\"]\))", reason)
+    return f"{found[1]} cannot be traced: {found[2]}: {found[3]}" if found else ""
 
 
 def _distinct(counted: Iterable[str], ended: Sequence[Any]) -> list[Break]:

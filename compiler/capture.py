@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
 from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record
 from .einsum import as_product
-from .mutations import behind_autograd, keep_mutations
+from .mutations import behind_autograd, detached, keep_mutations, mutation, out_of_place
 from .recurring import Copied, Mutated, Recurring, Watched, plain, tensor_of
 from .vmap import write_out_vmap
 
@@ -190,7 +190,13 @@ class _Interpreter(fx.Interpreter):
         parameter = behind_autograd(n)
         if parameter is not None:
             through = self.env[parameter] - self.env[parameter].detach()
+        changed, differentiable = detached(n), None
+        if changed is not None and (function := out_of_place(mutation(n) or "")) is not None:
+            arguments, named = self.fetch_args_kwargs_from_env(n)
+            differentiable = function(*arguments, **named)
         result = super().run_node(n)
+        if changed is not None and differentiable is not None:
+            self.env[changed] = result = differentiable.to(result.dtype)
         if parameter is not None:
             # What comes after sees the new value, whose gradient is the parameter's; a sum with zeros is exact.
             self.env[parameter] = result.detach() + through

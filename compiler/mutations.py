@@ -5,7 +5,8 @@ goes on in the bodies that it holds, and fx takes a call of ``x.scatter_add_(…
 gradient that a backward formula builds up in place would silently miss a part.
 
 What changes ``parameter.data`` is to leave the parameter's gradient as it is. As a function it would be one more step
-between the parameter and its use, without a gradient.
+between the parameter and its use, without a gradient. What changes ``x.detach()`` gives that a gradient, which is
+computed from a changed ``x`` afterwards, and would be detached again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def keep_mutations(body: fx.GraphModule) -> fx.GraphModule:
     for node in reversed(body.graph.nodes):
         if node in live or not live.isdisjoint(node.users):
             live.add(node)
-        elif (name := _mutation(node)) is not None:
+        elif (name := mutation(node)) is not None:
             node.args = (name, *node.args)
             node.op, node.target = "call_function", mutate
             live.add(node)
@@ -53,7 +54,7 @@ def keep_mutations(body: fx.GraphModule) -> fx.GraphModule:
 
 def behind_autograd(node: fx.Node) -> fx.Node | None:
     """The trained input that a node of Dynamo's graph changes through its ``data``, unseen by autograd."""
-    data = node.args[0] if node.args and _mutation(node) is not None else None
+    data = node.args[0] if node.args and mutation(node) is not None else None
     if not isinstance(data, fx.Node) or data.target is not _DATA:
         return None
     (owner,) = data.all_input_nodes
@@ -61,7 +62,39 @@ def behind_autograd(node: fx.Node) -> fx.Node | None:
     return owner if trained else None
 
 
-def _mutation(node: fx.Node) -> str | None:
+def detached(node: fx.Node) -> fx.Node | None:
+    """What a node of Dynamo's graph changes in place, where that is a ``detach()`` of something, or a view of one.
+
+    In eager it has what changed it in its gradient; functionalised it is detached from the changed whole once more.
+    """
+    changed = node.args[0] if node.args and mutation(node) is not None else None
+    if not isinstance(changed, fx.Node) or not any(_is_trained(n) for n in node.all_input_nodes if n is not changed):
+        return None
+    part: Any = changed
+    while isinstance(part, fx.Node) and part.op in ("call_function", "call_method"):
+        if getattr(part.target, "__name__", part.target) == "detach":
+            return changed
+        part = part.args[0] if part.args and _share_memory(part, part.args[0]) else None
+    return None
+
+
+def _is_trained(node: fx.Node) -> bool:
+    return getattr(node.meta.get("example_value"), "requires_grad", False)
+
+
+def _share_memory(node: fx.Node, other: Any) -> bool:
+    values = [n.meta.get("example_value") if isinstance(n, fx.Node) else None for n in (node, other)]
+    a, b = (v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in values)
+    return a is not None and a == b
+
+
+def out_of_place(name: str) -> Any:
+    """The function of a name that :func:`_mutation` gives, which changes nothing; None where there is none."""
+    found = getattr(operator, name[1:], None) if name in _OPERATORS else getattr(torch.Tensor, name[:-1], None)
+    return found if callable(found) else None
+
+
+def mutation(node: fx.Node) -> str | None:
     """The name of the method or operator that changes its first argument, if that is what the node calls."""
     if node.op not in ("call_function", "call_method") or isinstance(node.target, OpOverload):
         return None  # fx knows what a schema says to mutate

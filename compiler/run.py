@@ -31,13 +31,39 @@ def compiled(
     reports: list[GraphReport],
     recognisers: Sequence[Recogniser] | None = None,
 ) -> Any:
-    """The model, or a function that runs one, compiled by the backend; reports get one entry per graph."""
+    """The model, or a function that runs one, compiled by the backend; reports get one entry per graph.
+
+    A function of it that Dynamo fails to trace runs as written, and what it calls is compiled by itself. What the
+    backend raises (under ``strict``) is raised.
+    """
 
     def backend(gm: Any, example_inputs: Any) -> Any:
-        return compile_graph(gm, example_inputs, options, recognisers=recognisers, observe=reports.append)
+        try:
+            return compile_graph(gm, example_inputs, options, recognisers=recognisers, observe=reports.append)
+        except Exception:
+            torch._dynamo.config.suppress_errors = False  # until the call ends
+            raise
 
     trace_past_notes()  # of a transformers that was imported after the backend
-    return torch.compile(model, backend=backend)
+    return _Compiled(torch.compile(model, backend=backend))
+
+
+class _Compiled:
+    """Compiled code, with the attributes of what was compiled; errors that are Dynamo's own do not end a call."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A limit on compilations that shall end the run excludes it.
+        forgiving = not torch._dynamo.config.fail_on_recompile_limit_hit
+        with torch._dynamo.config.patch(suppress_errors=forgiving):
+            return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_run":  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._run, name)
 
 
 @contextmanager

@@ -175,14 +175,15 @@ def ways(config: Any, pictures: bool = False) -> Iterator[Any]:
 
 
 def _ways(config: Any) -> tuple[Way, ...]:
-    hidden = [_first_int(vars(part), _HIDDEN) or 0 for part in (config, *parts(config))]
+    hidden = [_first_int(vars(part), _HIDDEN) or 0 for part in (config, *all_parts(config))]
     return Way(), Way(fill=True), Way(copies=2, fill=True), Way(fill=True, widest=max(hidden))
 
 
 def _ways_with_pictures(config: Any) -> Iterator[Way]:
     for side in (4, 8):
         for way in _ways(config):
-            text = _first_int(vars(config.get_text_config()), _HIDDEN) or WIDTH
+            inside = (config.get_text_config(), *(part.get_text_config() for part in all_parts(config)))
+            text = next(filter(None, (_first_int(vars(part), _HIDDEN) for part in inside)), WIDTH)
             yield replace(way, pictures=pictures_of(config, side, Widths({"hidden_size": text}, 2, way.widest)))
 
 
@@ -263,6 +264,13 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
 def parts(config: Any) -> list[Any]:
     """The configurations inside of one: of its text, its images, …"""
     return [v for v in vars(config).values() if hasattr(v, "model_type")]
+
+
+def all_parts(config: Any) -> Iterator[Any]:
+    """As :func:`parts`, and those inside of these."""
+    for part in parts(config):
+        yield part
+        yield from all_parts(part)
 
 
 def _part_left_open(config: Any, name: str) -> Any:

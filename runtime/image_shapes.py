@@ -83,6 +83,7 @@ class ImageShapes:
         self.tower: Any = getattr(getattr(model, "config", None), "vision_config", None)
         self.checked = self.called = False
         self.outside = True
+        self.patches = 0  # of the grid that a feature stands for, as the first batch had it; 0: in no fixed proportion
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with the values that depend on its images' sizes, its varying dimensions marked as such.
@@ -159,10 +160,10 @@ class ImageShapes:
             ValueError: with both numbers.
         """
         token = getattr(getattr(self.owner, "config", None), "image_token_id", None)
-        merge = getattr(self.tower, "spatial_merge_size", None)
-        if not isinstance(token, int) or not isinstance(merge, int) or batch.get("input_ids") is None:
+        if not isinstance(token, int) or not self.patches or batch.get("input_ids") is None:
             return
-        tokens, features = int((batch["input_ids"] == token).sum()), int(batch[_GRID].prod(-1).sum()) // merge**2
+        tokens = int((batch["input_ids"] == token).sum())
+        features = int(batch[_GRID].prod(-1).sum()) // self.patches
         if tokens != features:
             raise ValueError(f"the text has {tokens} image tokens, its images have {features} features")
 
@@ -186,6 +187,10 @@ class ImageShapes:
             self.model.set_attn_implementation({"vision_config": PACKED})  # type: ignore[operator]
             ours = self._features({**batch, **values})
             same = len(own) == len(ours) and all(map(_close, own, ours))
+            if isinstance(batch.get(_GRID), Tensor):
+                features = sum(found.numel() // found.shape[-1] for found in own)
+                patches = int(batch[_GRID].prod(-1).sum())
+                self.patches = patches // features if features and patches % features == 0 else 0
             reason = "its images' features change"
         except Exception as error:  # noqa: BLE001  towers may take these values in any way, or not at all
             same, reason = False, f"{type(error).__name__}: {error}"

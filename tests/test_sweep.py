@@ -128,12 +128,27 @@ def test_fields_that_depend_on_others() -> None:
     assert {size for pair in config.image_grid_pinpoints for size in pair} <= {56, 112, 168}
 
 
+def test_parts_of_parts_stay_in_proportion() -> None:
+    config = with_pictures("pi0", 3)  # whose action model reads the keys and values of the text's
+    text = config.vlm_config.text_config
+    assert (text.hidden_size, config.dit_config.hidden_size) == (WIDTH, WIDTH // 2)
+    assert text.head_dim == config.dit_config.head_dim == HEAD_DIM
+
+
 def test_batches_are_laid_out_as_the_model_takes_images() -> None:
     model, batch, _ = sweep_worker.runnable("qwen2_vl", "vision")
     assert batch["image_grid_thw"].tolist() == [[1, 4, 8], [1, 8, 4]] and batch["pixel_values"].shape[0] == 64
     tokens = (batch["input_ids"] == pictures.image_token(model.config)).sum(1)
     assert tokens.tolist() == [8, 8]  # four patches each
     assert ((batch["labels"] == -100).sum(1) == tokens).all()
+
+
+def test_a_mask_is_of_patches_where_a_model_takes_no_text() -> None:
+    size = pictures.Pictures(CONFIG_MAPPING["pix2struct"](), rows=2)
+    alone = pictures._numbered_patches(size, {"flattened_patches", "attention_mask", "labels"})
+    beside_text = pictures._numbered_patches(size, {"flattened_patches", "attention_mask", "labels", "input_ids"})
+    assert alone is not None and alone["attention_mask"].shape == alone["flattened_patches"].shape[:2]
+    assert beside_text is not None and "attention_mask" not in beside_text
 
 
 def test_a_step_that_ignores_its_images_does_not_count() -> None:

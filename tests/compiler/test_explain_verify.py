@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from unsloth import explain, verify
 from unsloth.compiler.batches import packed, padded
-from unsloth.compiler.options import OptionError
-from unsloth.compiler.run import BatchError
+from unsloth.compiler.options import OptionError, Options
+from unsloth.compiler.run import BatchError, compiled
 from unsloth.kernels.operator import operator
 from unsloth.models import presets
 from unsloth.passes.recognise import RECOGNISERS
@@ -55,6 +55,51 @@ def test_explain_shows_near_misses_with_reason_and_source_line() -> None:
     assert miss.operator == "rms_norm" and miss.detail == "x is not the same value twice"
     assert (miss.source_line or "").startswith("test_explain_verify.py:")
     assert "missed      rms_norm in graph: x is not the same value twice  (test_explain_verify.py:" in str(explanation)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+class Scattered(nn.Module):
+    """Indexes with tuples of tensors of one number each, whose data Dynamo asks for and does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Scaled(4, 4)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        seen = torch.ones(x.shape[:2], dtype=torch.bool)
+        rows, columns = zip(*places, strict=True)
+        seen[rows, columns] = False
+        return (self.body(x) * seen[..., None]).square().sum()
+
+
+def test_what_dynamo_fails_on_runs_as_written_and_is_explained() -> None:
+    model, arguments = Scattered(), (torch.randn(2, 5, 4), torch.tensor([[0, 1], [1, 3]]))
+    with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="not allocated"):
+        torch.compile(model, backend="eager")(*arguments)  # with which it has nothing to do here
+    explanation = explain(model, arguments, options={"strict": True})
+    (failed,) = explanation.breaks
+    assert "setitem" in failed.cause and "torch.stack" in failed.remedy
+    assert (failed.source_line or "").startswith("test_explain_verify.py:")
+    assert len(explanation.graphs) == 1  # of the body, which is called from there
+    assert verify(model, arguments, options={"lowering": "eager"}).ok
+    assert not torch._dynamo.config.suppress_errors
+
+
+def test_what_the_backend_raises_is_not_taken_for_dynamos() -> None:
+    class Failing:
+        name = "failing"
+
+        def find(self, *_: Any) -> list[Match | Miss]:
+            raise ArithmeticError("no rule for this")
+
+    run = compiled(nn.Linear(4, 4), Options(strict=True, lowering="eager"), [], recognisers=[Failing()])
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no rule for this"):
+        run(torch.ones(2, 4))
+    assert not torch._dynamo.config.suppress_errors
 
 
 def test_explain_leaves_the_model_as_it_was() -> None:

@@ -50,6 +50,23 @@ def test_a_dropped_out_value_may_be_mutated() -> None:
     assert calls == ["dropout", "sum"]
 
 
+@pytest.mark.parametrize("change", ["add_", "+=", "views"])
+def test_what_is_detached_may_be_changed_by_what_is_trained(change: str) -> None:
+    """As a table of positions to which a trained embedding is added in place."""
+
+    def function(table, weight):
+        places = table.sin().detach()
+        if change == "add_":
+            places.add_(weight)
+            places.mul_(2)
+        else:
+            places = places.view(4, 3).to(weight.device) if change == "views" else places
+            places += weight.view(places.shape)
+        return places.exp().sum() + table.sum()
+
+    assert_same_step(function, torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True))
+
+
 class Clipped(nn.Module):
     """A weight that every step clips in place before it is used, as some models do."""
 

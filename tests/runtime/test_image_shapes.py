@@ -155,6 +155,26 @@ def test_a_tower_that_computes_otherwise_is_left_alone() -> None:
     assert shapes(batch).keys() == batch.keys() and len(tower.attention) == 2  # asked once
 
 
+class Worded(Tower):
+    """Each cell of whose grid is a feature already, whatever its tower merges into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config.image_token_id = 9
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> Tensor:
+        return pixel_values
+
+
+def test_features_are_counted_as_the_model_has_them() -> None:
+    shapes = ImageShapes(Worded())
+    images = {"pixel_values": torch.randn(8, 4), "image_grid_thw": torch.tensor([[1, 2, 4]])}
+    text = torch.tensor([[1, *[9] * 8]])
+    assert "image_cu_seqlens" in shapes({**images, "input_ids": text})
+    with pytest.raises(ValueError, match="the text has 7 image tokens, its images have 8 features"):
+        shapes({**images, "input_ids": text[:, :-1]})
+
+
 def test_batches_without_images_come_through() -> None:
     batch = {"input_ids": torch.zeros(1, 4, dtype=torch.long), "use_cache": False}
     assert ImageShapes(nn.Linear(2, 2))(batch) == batch
