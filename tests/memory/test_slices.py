@@ -20,7 +20,7 @@ from tests.qlora import adapter_gradients, batch, qlora
 from unsloth.compiler.capture import retrace
 from unsloth.kernels.glu import swiglu
 from unsloth.kernels.rms_norm import rms_norm
-from unsloth.passes.memory import planner as planners
+from unsloth.passes.memory import within
 from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.joint import Joint
 from unsloth.passes.memory.partition import Partitioner
@@ -35,7 +35,7 @@ SLICES = torch.ops.unsloth.by_slices.default
 
 @pytest.fixture(autouse=True)
 def _small_slices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(planners, "ROWS", (ROWS,))
+    monkeypatch.setattr(within, "ROWS", (ROWS,))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -187,7 +187,7 @@ class Watching(Partitioner):
 
 @pytest.mark.parametrize("rows", [0, ROWS])
 def test_the_predicted_peak_is_what_is_allocated(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planners, "ROWS", (rows,) if rows else ())
+    monkeypatch.setattr(within, "ROWS", (rows,) if rows else ())
     model, given = Model(), ids(length=1000)
     partitioner = Watching(0, strict=True)
     standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), given)}
