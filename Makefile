@@ -16,7 +16,7 @@ STAMP = .venv/installed-$(firstword $(shell printf '%s' '$(TORCH)' | cksum))
 help:
 	@echo "make install   set up .venv                     (TORCH=torch==2.13.0 chooses PyTorch)"
 	@echo "make test      run the tests, JOBS=$(JOBS) at a time"
-	@echo "make test-all  run more of them: other models, dtypes and ways through Inductor (half an hour)"
+	@echo "make test-all  run more of them: other models, dtypes and ways through Inductor"
 	@echo "make check     lint, formatting, types and layering"
 	@echo "make demo      fine-tune SmolLM2-135M on questions about Python, on any machine"
 	@echo "make bench     compare systems, ARGS='--shape llama-1b --mode lora --batch 4 --seq 2048 ...'"

@@ -89,7 +89,7 @@ def _share_memory(node: fx.Node, other: Any) -> bool:
 
 
 def out_of_place(name: str) -> Any:
-    """The function of a name that :func:`_mutation` gives, which changes nothing; None where there is none."""
+    """The function of a name that :func:`mutation` gives, which changes nothing; None where there is none."""
     found = getattr(operator, name[1:], None) if name in _OPERATORS else getattr(torch.Tensor, name[:-1], None)
     return found if callable(found) else None
 
