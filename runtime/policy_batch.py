@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from .generation.images import OF_TOKENS
 from .generation.support import Unsupported
 
 IGNORED = -100
@@ -24,12 +25,11 @@ IGNORED = -100
 _OF_PROMPT = {"prompt_ids", "prompt_mask"}
 _OF_COMPLETION = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}
 _OF_COMPLETION |= {"sampling_per_token_logps", "importance_sampling_ratio", "advantages"}
-_KINDS = {"token_type_ids", "mm_token_type_ids"}
 _PIXELS = {"pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"}
 _PIXELS |= {"image_position_ids"}
 _COUNTS = {"num_images", "num_tiles"}
 
-MEDIA = _KINDS | _PIXELS | _COUNTS
+MEDIA = {*OF_TOKENS, *_PIXELS, *_COUNTS}
 """What a batch of prompts with images has beside its text: ``num_images`` and ``num_tiles`` are lists of a number for
 each row, ``token_type_ids`` and ``mm_token_type_ids`` int64 [batch, prompt + completion], and pixels as processors make
 them."""
@@ -69,11 +69,11 @@ def media_by_prompt(fields: Mapping[str, Any], images: Sequence[Sequence[Any] | 
     if unknown := fields.keys() - MEDIA:
         raise Unsupported(f"their processor makes {', '.join(sorted(unknown))} of them")
     counts = [len(theirs or ()) for theirs in images]
-    kinds = {name: [torch.as_tensor(row)[None] for row in fields[name]] for name in _KINDS if name in fields}
+    kinds = {name: [torch.as_tensor(row)[None] for row in fields[name]] for name in OF_TOKENS if name in fields}
     pixels: dict[str, Any] = {
         name: value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
         for name, value in fields.items()
-        if name not in _KINDS
+        if name not in OF_TOKENS
     }
     values = pixels.get("pixel_values")
     if "spatial_shapes" in pixels or (values is not None and values.dim() == 4 and len(values) != sum(counts)):
@@ -103,7 +103,7 @@ def trimmed(batch: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in batch.items():
         if name in _OF_PROMPT:
             cut[name] = value[:, -prompt:].contiguous()
-        elif name in _KINDS:
+        elif name in OF_TOKENS:
             cut[name] = value[:, width - prompt : width + tokens].contiguous()
         elif name in _OF_COMPLETION and value.dim() == 2 and value.shape[1] == length:
             cut[name] = value[:, :tokens].contiguous()
@@ -133,7 +133,7 @@ def without_idle_columns(
     used = mask.any(0).nonzero().flatten()[[0, -1]].tolist() if bool(mask.any()) else [0, ids.shape[1] - 1]
     prompt = ids.shape[1] - tokens
     first, end = min(used[0], prompt - 1), max(used[1] + 1, prompt + 1)
-    kinds = {name: value[:, first:end].contiguous() for name, value in media.items() if name in _KINDS}
+    kinds = {name: value[:, first:end].contiguous() for name, value in media.items() if name in OF_TOKENS}
     ids, mask = ids[:, first:end].contiguous(), mask[:, first:end].contiguous()
     targets = ids.masked_fill(mask == 0, IGNORED)[:, prompt - first :].contiguous()
     inputs = {"input_ids": ids} if len(ids) == 1 else {"input_ids": ids, "attention_mask": mask}
