@@ -159,6 +159,8 @@ def measure(work: Policy) -> dict[str, Any]:
         made = trainer_of(work, folder)
     model: nn.Module = made.model.to(work.device)
     model.train()
+    if work.system == "unsloth":  # as its trainer's train() begins; without it all activations are kept
+        model.for_training(use_gradient_checkpointing=_as_step(work).checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     batches = micro_batches(work, worker._models("presets").config(work.shape).vocab_size)

@@ -34,13 +34,21 @@ class BackendError(RuntimeError):
     """A stage of the backend failed under ``strict``."""
 
 
+class _Ignored(set[Callable[..., Any]]):
+    """Functions that Dynamo traces past, copied by name: before PyTorch 2.13 it sorts a copy of them into its log."""
+
+    def __deepcopy__(self, memo: Any) -> list[str]:
+        return sorted(getattr(function, "__qualname__", repr(function)) for function in self)
+
+
 def trace_past_notes() -> None:
     """Let Dynamo trace past the notes that transformers makes once, as of a loss that a configuration does not name.
 
     Each would end a graph: GPT-2's loss would not be in that of its head.
     """
     notes = (getattr(logging.Logger, name, None) for name in ("warning_once", "info_once"))
-    torch._dynamo.config.ignore_logging_functions |= {note for note in notes if note is not None}
+    ignored = torch._dynamo.config.ignore_logging_functions
+    torch._dynamo.config.ignore_logging_functions = _Ignored(ignored | {note for note in notes if note is not None})
 
 
 trace_past_notes()  # torch.compile imports this file before it traces

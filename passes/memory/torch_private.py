@@ -93,9 +93,15 @@ def min_cut(gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -
 
 
 def is_sym_node(node: fx.Node) -> bool:
-    """Whether a node is a symbolic number that something computes with."""
-    only_asserted = getattr(partitioners, "_is_assert_only_symbool", None)  # torch 2.11 saves these too
-    return partitioners.is_sym_node(node) and not (only_asserted and only_asserted(node))
+    """Whether a node is a symbolic number that something computes with.
+
+    A condition that is only asserted is none: Inductor takes no condition as an input, and backward asks it anew of the
+    numbers in it. PyTorch's partition says so too, from 2.13 on.
+    """
+    if not partitioners.is_sym_node(node):
+        return False
+    asserted = all(user.target is torch.ops.aten._assert_scalar.default for user in node.users)
+    return not (isinstance(node.meta["val"], torch.SymBool) and node.users and asserted)
 
 
 def optimization_hint(size: Any, fallback: int) -> int:

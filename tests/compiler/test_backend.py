@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -107,6 +108,9 @@ def test_a_note_that_transformers_makes_once_ends_no_graph() -> None:
     run = torch.compile(owner, backend="unsloth", options={"lowering": "eager", "strict": True}, fullgraph=True)
     torch.testing.assert_close(run(x), owner(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    # What PyTorch writes into its log of each compilation; an error there is printed, and ends nothing.
+    noted = torch._dynamo.config.get_config_copy()["ignore_logging_functions"]
+    assert json.loads(json.dumps(noted)) == ["info_once", "warning_once"]
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -45,9 +45,8 @@ class Backward:
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> fx.Node:
         node = self.graph.placeholder(name)
-        node.meta["val"] = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))).to(
-            dtype or self.dtype
-        )
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+        node.meta["val"] = value.to(DEVICE, dtype or self.dtype)
         return node
 
     def call(self, target: Any, *args: Any) -> list[fx.Node]:

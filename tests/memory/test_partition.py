@@ -37,6 +37,29 @@ def test_gradients_equal_eager(policy: str, dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_condition_on_data_is_no_input_of_backward(policy: str) -> None:
+    """Inductor takes numbers and tensors. A tower's images are split by sizes that only the data tell."""
+
+    class Split(nn.Linear):
+        def forward(self, x, sizes):
+            whole = super().forward(x).sin()
+            return torch.cat([part.exp() * part.shape[0] for part in torch.split(whole, sizes.tolist())])
+
+    owner, x, sizes = Split(6, 5), torch.randn(7, 6), torch.tensor([3, 4])
+    patches = {"custom_partitioner_fn": partitioned(policy)}
+    run = torch.compile(owner, backend=lambda gm, xs: compile_fx(gm, xs, config_patches=patches), fullgraph=True)
+
+    def gradient(function: Any) -> torch.Tensor:
+        owner.zero_grad()
+        function(x, sizes).sum().backward()
+        assert owner.weight.grad is not None
+        return owner.weight.grad.clone()
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch.testing.assert_close(gradient(run), gradient(owner))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_inductor_with_eagers_dropout_masks(policy: str) -> None:
     model = Model(layers=2, p=0.3)
     patches = {"custom_partitioner_fn": partitioned(policy), "emulate_precision_casts": True, "fallback_random": True}
