@@ -57,12 +57,12 @@ class Replanned:
         self.function, self.options, self.reports = function, options, reports
         self.tokens, self.changed = tokens, changed
         self.replans = self.grown = 0
-        self._since = len(reports)  # reports of earlier plans, which no graph runs by any more
+        self._made: list[tuple[int, GraphReport]] = []  # the graphs that run now, by the tokens of their first batch
         self._run = compiled(function, options, reports)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        tokens = self.tokens(*arguments, **named)
         limit = self.limit if torch.is_grad_enabled() else 0  # without gradients nothing was planned
-        tokens = self.tokens(*arguments, **named) if limit else 0
         if limit and tokens > limit and self.grown < REPLANS and not self._is_made_for(tokens):
             self.grown += 1
             logger.warning(
@@ -70,22 +70,31 @@ class Replanned:
                 *(f"{tokens:,}", f"{limit:,}"),
             )
             self._again(self.options)
-        return self._run(*arguments, **named)
+        before = len(self.reports)
+        try:
+            return self._run(*arguments, **named)
+        finally:
+            self._made += [(tokens, report) for report in self.reports[before:]]
 
     @property
     def limit(self) -> int:
         """Tokens up to which some graph for many sizes is known to be within its budget; 0 where there is no such
-        limit."""
-        return max((plan.limit for _, plan in self._plans()), default=0)
+        limit.
+
+        A graph may count other tokens than its batch, those of the completions alone, say: its plan tells by how much
+        the batch may grow.
+        """
+        return max((first * plan.limit // plan.tokens for first, _, plan in self._plans() if plan.limit), default=0)
 
     def _is_made_for(self, tokens: int) -> bool:
         """Whether there is a graph for just this size."""
-        return any(not plan.limit and plan.tokens == tokens for _, plan in self._plans())
+        return any(not plan.limit and first == tokens for first, _, plan in self._plans())
 
-    def _plans(self) -> list[tuple[Partitioner, Plan]]:
-        """Those of the graphs that run now; a graph out of a cache of an earlier process brings none."""
-        partitioners = [r.partitioner for r in self.reports[self._since :] if r.partitioner is not None]
-        return [(p, p.last_plan) for p in partitioners if p.last_plan is not None]
+    def _plans(self) -> list[tuple[int, Partitioner, Plan]]:
+        """Those of the graphs that run now, with the tokens of their first batch; a graph out of a cache of an earlier
+        process brings none."""
+        partitioners = [(tokens, report.partitioner) for tokens, report in self._made if report.partitioner is not None]
+        return [(tokens, p, p.last_plan) for tokens, p in partitioners if p.last_plan is not None]
 
     def for_less(self) -> bool:
         """Plan again because memory was short; called when what the failed step held is free.
@@ -93,11 +102,11 @@ class Replanned:
         Returns:
             False where no smaller plan is to be had: the newest is the smallest, or there were enough already.
         """
-        if self.replans >= REPLANS or self._since == len(self.reports):
+        if self.replans >= REPLANS or not self._made:
             return False
         there, plans = _within_reach(), self._plans()
-        planned = max((plan.peak_bytes for _, plan in plans), default=None)
-        floor = max((partitioner.last_floor for partitioner, _ in plans), default=0)
+        planned = max((plan.peak_bytes for _, _, plan in plans), default=None)
+        floor = max((partitioner.last_floor for _, partitioner, _ in plans), default=0)
         known = [size for size in (there, planned) if size]
         if not known:
             return False
@@ -114,7 +123,7 @@ class Replanned:
 
     def _again(self, options: Options) -> None:
         self.changed()
-        self.options, self._since = options, len(self.reports)
+        self.options, self._made = options, []
         torch._dynamo.reset()  # or the code that is there would go on running
         self._run = compiled(self.function, options, self.reports)
 

@@ -202,7 +202,7 @@ def _flops(target: Any, args: Any, kwargs: Any, written: list[Tensor]) -> float:
     """By formula; an operator without one does one per element, so that nothing is free."""
     formula = flop_registry.get(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else None
     if formula is not None:
-        # Before PyTorch 2.13 each size that depends on data is guessed by itself, and a formula may ask whether they fit.
+        # Before PyTorch 2.13 each size that depends on data is guessed by itself; a formula may ask whether they fit.
         with contextlib.suppress(AssertionError):
             return float(formula(*args, **kwargs, out_val=_outputs(target, args, written)))
     return float(sum(t.numel() for t in written))

@@ -34,8 +34,9 @@ def _fresh_dynamo():
 class Backend:
     """Plans as asked, down to a floor, without compiling anything."""
 
-    def __init__(self, floor: int = 0, limit: float = 0) -> None:
-        self.floor, self.limit, self.budgets = floor, limit, []
+    def __init__(self, floor: int = 0, limit: float = 0, counted: float = 1) -> None:
+        """``limit`` times as many tokens as were planned for are held; ``counted`` is a graph's share of its batch's."""
+        self.floor, self.limit, self.counted, self.budgets = floor, limit, counted, []
 
     def compiled(self, function: Any, options: Options, reports: list[Any]) -> Any:
         self.budgets.append(options.memory_budget)
@@ -44,7 +45,8 @@ class Backend:
         def run(tokens: int) -> Any:
             if not planned:
                 peak = max(self.floor, options.memory_budget or 10 * GIB)
-                planned.append(Plan("mixed", {}, 0, "", peak_bytes=peak, tokens=tokens, limit=int(self.limit * tokens)))
+                seen = int(self.counted * tokens)
+                planned.append(Plan("mixed", {}, 0, "", peak_bytes=peak, tokens=seen, limit=int(self.limit * seen)))
                 reports.append(
                     SimpleNamespace(partitioner=SimpleNamespace(last_plan=planned[0], last_floor=self.floor))
                 )
@@ -123,6 +125,9 @@ def test_a_batch_beyond_the_guard_is_planned_for(
         assert [step(tokens) for tokens in (100, 150, 151, 200, 120, 10_000)] == [100, 150, 151, 200, 120, 10_000]
     assert step.grown == len(changes) == 2 and step.limit == 15_000
     assert "a batch of 151 tokens is more than the memory plan was made for, which holds up to 150" in caplog.text
+    step, changes = replanned(monkeypatch, Backend(limit=1.02, counted=0.9))  # a policy's graph counts completions
+    assert [step(tokens) for tokens in (100, 100, 101)] == [100, 100, 101] and not changes
+    assert step(103) == 103 and len(changes) == 1
     step, changes = replanned(monkeypatch, Backend())  # graphs of one size are compiled for each
     assert [step(tokens) for tokens in (1, 100)] == [1, 100] and not changes and step.limit == 0
 
