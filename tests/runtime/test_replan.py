@@ -35,7 +35,7 @@ class Backend:
     """Plans as asked, down to a floor, without compiling anything."""
 
     def __init__(self, floor: int = 0, limit: float = 0, counted: float = 1) -> None:
-        """``limit`` times as many tokens as were planned for are held; ``counted`` is a graph's share of its batch's."""
+        """A plan holds ``limit`` times the tokens that it was made for, which are ``counted`` times the batch's."""
         self.floor, self.limit, self.counted, self.budgets = floor, limit, counted, []
 
     def compiled(self, function: Any, options: Options, reports: list[Any]) -> Any:
