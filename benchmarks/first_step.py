@@ -30,13 +30,17 @@ def adapted(model: str, layers: int, batch: int, seq: int) -> tuple[Any, dict[st
     import torch
 
     from unsloth.models import presets
-    from unsloth.models.load import random_batch, with_lora
+    from unsloth.models.adapters import add_lora
+    from unsloth.models.load import random_batch
 
     presets.SHAPES[model]["num_hidden_layers"] = layers
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     bare = presets.build(model, dtype=dtype, device=device)
-    return with_lora(bare).train(), random_batch(bare, batch, seq)
+    # In the model's dtype, as ``benchmarks.step`` trains them: without autocast, adapters in float32 beside a model in
+    # half precision are another graph, in which none of them is recognised. B is random, so that A has a gradient.
+    owner = add_lora(bare, autocast_adapter_dtype=False, init_lora_weights=False)
+    return owner.train(), random_batch(bare, batch, seq)
 
 
 def measure_ours(model: str, layers: int, batch: int, seq: int) -> dict[str, float]:

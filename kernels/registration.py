@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .shapes import once_per_layout
+
 if TYPE_CHECKING:
     from .operator import Operator
 
@@ -78,6 +80,7 @@ def _ambient(device: torch.device) -> Iterator[None]:
 
 def _define(op: Operator, name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define an operator in both namespaces; returns the one that can be given an autograd layer."""
+    fake = once_per_layout(fake)
     for namespace, library in _LIBRARIES.items():
         library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, run, "CompositeExplicitAutograd")

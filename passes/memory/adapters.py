@@ -89,7 +89,11 @@ def _cut_mlp(graph: fx.Graph, node: fx.Node, act: Operator) -> int:
         dx, dA2 = _call(graph, LORA_DOWN_BACKWARD[2], dgate, dup, W1, W2, A2, dxa2, x, None, None, 0.0)
     _replace(graph, down, {0: new_dh, 3: dA, 4: dB})
     _replace(graph, layers, {0: dx, 1: dA2, 4: dB1, 5: dB2})
-    graph.eliminate_dead_code()  # the three operators, and h
+    # From the last reader to the first. A sweep over the whole graph for each layer would be quadratic in the depth.
+    for dead in (layers, node, down):
+        _erase(graph, dead)
+    if not h.users:
+        graph.erase_node(h)
     return 1
 
 
@@ -212,6 +216,13 @@ def _call(graph: fx.Graph, called: Operator, *args: Any) -> Sequence[fx.Node]:
     for result, made in zip(results, values, strict=True):
         result.meta = {"val": made}
     return results
+
+
+def _erase(graph: fx.Graph, node: fx.Node) -> None:
+    """Take out an operator of which no result is read."""
+    for member in list(node.users):
+        graph.erase_node(member)
+    graph.erase_node(node)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, results: dict[int, fx.Node]) -> None:

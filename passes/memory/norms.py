@@ -8,7 +8,6 @@ is planned with ``rms_norm(total)`` in it, and where a half holds both operators
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 
 from torch import fx
 
@@ -25,7 +24,7 @@ def split_norms(graph: fx.Graph) -> None:
         parts = _parts(graph, node)
         if not any(parts[i].users for i in (1, 2)):
             continue
-        with graph.inserting_after(_last(parts.values())):
+        with graph.inserting_after(max(parts.values())):
             norm = graph.call_function(rms_norm.overload, (parts[0], *others))
         # What the sum was called with says nothing about the norm, and Inductor lays out arguments by it.
         inherited = {name: value for name, value in node.meta.items() if name != "eager_input_vals"}
@@ -76,9 +75,3 @@ def _parts(graph: fx.Graph, node: fx.Node) -> dict[int, fx.Node]:
                 parts[i] = graph.call_function(operator.getitem, (node, i))
             parts[i].meta = {**node.meta, "val": value}
     return parts
-
-
-def _last(nodes: Iterable[fx.Node]) -> fx.Node:
-    """The one of a graph's nodes that stands behind the others."""
-    found = set(nodes)
-    return next(n for n in reversed(next(iter(found)).graph.nodes) if n in found)

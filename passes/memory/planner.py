@@ -178,14 +178,19 @@ class Planner:
         return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
+    def _ends(self) -> tuple[Plan, Plan]:
+        """Everything kept, and as little as can be, without a price. Values away and slices change only that."""
+        return keep_plan(self.joint), recompute_plan(self.joint)
+
+    @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
         """Everything kept."""
-        return self.price(keep_plan(self.joint))
+        return self.price(self._ends[0])
 
     @functools.cached_property
     def smallest(self) -> tuple[Plan, Timeline]:
         """As little kept as can be."""
-        return self.price(recompute_plan(self.joint))
+        return self.price(self._ends[1])
 
     def within(self, budget: int) -> tuple[Plan, Timeline]:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
