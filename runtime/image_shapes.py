@@ -98,9 +98,7 @@ class ImageShapes:
                 self._count(batch)
                 ready |= values | self._positions(batch)
         elif isinstance(sizes, Tensor) and batch["pixel_values"].dim() == _IMAGES and self.outside:
-            if values := self._taken(batch, self._of_sizes):
-                ready |= values
-                torch._dynamo.maybe_mark_dynamic(batch["pixel_values"], [2, 3])
+            ready |= self._taken(batch, self._of_sizes)
         elif "pixel_values" in batch and not self.called:
             # transformers hooks a tower's layers at its first call, under a lock that no graph can hold.
             self.called = True
@@ -119,7 +117,11 @@ class ImageShapes:
         return find(batch) if self.outside else {}
 
     def _of_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Plain numbers: what first differs between two batches becomes a symbol of the graph."""
+        """Plain numbers: what first differs between two batches becomes a symbol of the graph.
+
+        The pixels' sides are not marked as varying: they differ where these do, and towers of tiles, which are all of
+        one size, take the root of their number, which a symbol does not have.
+        """
         return {_SIZES: [tuple(size) for size in batch[_SIZES].tolist()]}
 
     def _of_grid(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,21 @@ def test_random_sizes_share_few_graphs(name: str, make: Any) -> None:
         assert len(reports) == 1 and sum(variant == "documents" for variant in variants) == 2  # both of its towers'
 
 
+def test_tiles_of_one_size_are_one_graph() -> None:
+    """Although their number of features, whose root the model takes, would be a symbol if their sides were."""
+    model, batch, eager = sweep_worker.runnable("internvl", "vision")
+    shapes = ImageShapes(model)
+    reports: list[GraphReport] = []
+    run = compiled(model, Options.parse({"strict": True, "lowering": "eager"}), reports)
+    with sizes_in_graph():
+        for step in range(2):
+            pixels = batch["pixel_values"] if step == 0 else batch["pixel_values"].flip(-1)
+            ours = sweep_worker.step(run, model, shapes({**batch, "pixel_values": pixels}))
+            wanted = eager if step == 0 else sweep_worker.step(model, model, {**batch, "pixel_values": pixels})
+            assert not sweep_worker.compare(ours, wanted)
+    assert len(reports) == 1 and shapes.outside
+
+
 # -- attention within pieces of a row ---------------------------------------------------------------------------------
 
 OFFSETS = torch.tensor([0, 2, 3, LENGTH], dtype=torch.int32)
