@@ -243,7 +243,7 @@ def _field(name: str, value: Any, widths: Widths, kept: list[int], count: int, w
         new = _dictionary(value, widths)
         if way.pictures is not None and way.fill and name == "rope_parameters" and "mrope_section" not in value:
             turned = value.get("partial_rotary_factor") or widths.fields.get("partial_rotary_factor") or 1.0
-            new = new | {"mrope_section": _sections_of(int(widths.head_width(widths.head_dim) * turned))}
+            new = new | {"mrope_section": _sections_of(int(widths.head_width(widths.head_dim) * turned) // 2, 3)}
         return new
     if isinstance(value, (list, tuple)):
         if _is_index_list(value, count):
@@ -293,16 +293,19 @@ def _dictionary(value: dict[Any, Any], widths: Widths) -> dict[Any, Any]:
         if isinstance(item, dict):
             result[key] = _dictionary(item, widths)
         elif key == "mrope_section":
-            total = sum(item) * min(widths.head_dim, HEAD_DIM) // widths.head_dim
-            result[key] = [total // len(item) + (i < total % len(item)) for i in range(len(item))]
+            result[key] = _sections_of(sum(item) * min(widths.head_dim, HEAD_DIM) // widths.head_dim, len(item))
         else:
             result[key] = item
     return result
 
 
-def _sections_of(head_dim: int) -> list[int]:
-    """A head's frequencies for time, height and width; models that rotate by one position take no notice."""
-    return [head_dim // 2 - 2 * (head_dim // 6), head_dim // 6, head_dim // 6]
+def _sections_of(frequencies: int, axes: int) -> list[int]:
+    """How many of a head's frequencies turn with time, height and width; models of one position take no notice.
+
+    As even as can be and the larger first, as frequencies that are dealt out in turn are. So the first two sections of
+    eight frequencies are equally long, which models that pair height's and width's ask for.
+    """
+    return [frequencies // axes + (axis < frequencies % axes) for axis in range(axes)]
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from ..kernels.operator import Operator
 from .calls import Call, Known, Refused, called, evaluate, insert, nodes_in, substitute
@@ -25,6 +24,7 @@ from .nodes import is_tensor as is_tensor
 from .nodes import module_path as module_path
 from .nodes import regions as regions
 from .nodes import source_line as source_line
+from .soundness import same_layout, same_sizes
 
 
 @dataclass(frozen=True)
@@ -236,10 +236,10 @@ def _changes(node: fx.Node, new: torch.Tensor) -> str | None:
     old = value(node)
     if old.dtype != new.dtype:
         return f"{new.dtype} instead of {old.dtype}"
-    if old.dim() != new.dim() or not statically_known_true(sym_eq(tuple(old.shape), tuple(new.shape))):
+    if not same_sizes(old.shape, new.shape):
         return f"shape {tuple(new.shape)} instead of {tuple(old.shape)}"
     is_output = any(user.op == "output" for user in node.users)
-    if is_output and not statically_known_true(sym_eq(tuple(old.stride()), tuple(new.stride()))):
+    if is_output and not same_layout(old, new):
         return f"a graph output with strides {new.stride()} instead of {old.stride()}"
     return None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -82,7 +82,7 @@ class ImageShapes:
         self.owner: Any = inner if hasattr(inner, "get_image_features") else model
         self.tower: Any = getattr(getattr(model, "config", None), "vision_config", None)
         self.checked = self.called = False
-        self.outside = True
+        self.outside, self.by_rows = True, False
         self.patches = 0  # of the grid that a feature stands for, as the first batch had it; 0: in no fixed proportion
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,16 +94,11 @@ class ImageShapes:
         ready = dict(batch)
         sizes = batch.get(_SIZES)
         if isinstance(batch.get(_GRID), Tensor) and self.outside:
-            values = self._values(batch)
-            if self._taken(batch, values):
+            if values := self._taken(batch, self._of_grid):
                 self._count(batch)
                 ready |= values | self._positions(batch)
         elif isinstance(sizes, Tensor) and batch["pixel_values"].dim() == _IMAGES and self.outside:
-            # Plain numbers: what first differs between two batches becomes a symbol of the graph.
-            values = {_SIZES: [tuple(size) for size in sizes.tolist()]}
-            if self._taken(batch, values):
-                ready |= values
-                torch._dynamo.maybe_mark_dynamic(batch["pixel_values"], [2, 3])
+            ready |= self._taken(batch, self._of_sizes)
         elif "pixel_values" in batch and not self.called:
             # transformers hooks a tower's layers at its first call, under a lock that no graph can hold.
             self.called = True
@@ -114,14 +109,22 @@ class ImageShapes:
                 torch._dynamo.maybe_mark_dynamic(found, [d % found.dim() for d in dims if d < found.dim()])
         return ready
 
-    def _taken(self, batch: Mapping[str, Any], values: dict[str, Any]) -> bool:
-        """Whether the model takes the values; the first batch says so."""
+    def _taken(self, batch: Mapping[str, Any], find: Callable[[Mapping[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """The values that the model takes, as ``find`` has them; the first batch says whether it takes any."""
         if not self.checked:
-            self.outside = self._agrees(batch, values)
+            self.outside = self._agrees(batch, find)
             self.checked = True
-        return self.outside
+        return find(batch) if self.outside else {}
 
-    def _values(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _of_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain numbers: what first differs between two batches becomes a symbol of the graph.
+
+        The pixels' sides are not marked as varying: they differ where these do, and towers of tiles, which are all of
+        one size, take the root of their number, which a symbol does not have.
+        """
+        return {_SIZES: [tuple(size) for size in batch[_SIZES].tolist()]}
+
+    def _of_grid(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What towers compute from the grid, by the names under which their model passes it on to them."""
         from transformers import vision_utils
 
@@ -130,15 +133,16 @@ class ImageShapes:
         values = {"cu_seqlens": offsets, "max_seqlen": offsets.diff().max()}
         merge = getattr(tower, "spatial_merge_size", None)
         if isinstance(merge, int):
-            values["position_ids"] = vision_utils.get_vision_position_ids(grid, merge)
+            block = 1 if self.by_rows else merge
+            values["position_ids"] = vision_utils.get_vision_position_ids(grid, block)
             if isinstance(window := getattr(tower, "window_size", None), int):
                 index, offsets = vision_utils.get_vision_window_index(grid, merge, window, tower.patch_size)
                 values |= {"window_index": index.to(grid.device), "cu_window_seqlens": offsets}
                 values["max_window_seqlen"] = offsets.diff().max()
-            values |= self._table(grid, merge)
+            values |= self._table(grid, block)
         return {f"image_{name}": value for name, value in values.items()}
 
-    def _table(self, grid: Tensor, merge: int) -> dict[str, Tensor]:
+    def _table(self, grid: Tensor, block: int) -> dict[str, Tensor]:
         """Which places of a learnt table of positions each patch reads, and by how much, where a tower has one."""
         from transformers import vision_utils
 
@@ -148,7 +152,7 @@ class ImageShapes:
         if owner is None or find is None:
             return {}
         side, mode, corners = (getattr(owner, name) for name in names)
-        places = find(grid, num_grid_per_side=side, mode=mode, align_corners=corners, spatial_merge_size=merge)
+        places = find(grid, num_grid_per_side=side, mode=mode, align_corners=corners, spatial_merge_size=block)
         return dict(zip(("interp_indices", "interp_weights"), places, strict=True))
 
     def _count(self, batch: Mapping[str, Any]) -> None:
@@ -176,29 +180,48 @@ class ImageShapes:
         positions, _ = find(**{name: value for name, value in batch.items() if name in takes})
         return {"position_ids": positions}
 
-    def _agrees(self, batch: Mapping[str, Any], values: dict[str, Any]) -> bool:
-        """Whether the tower's features stay the same with its values given and its attention packed."""
+    def _agrees(self, batch: Mapping[str, Any], find: Callable[[Mapping[str, Any]], dict[str, Any]]) -> bool:
+        """Whether the tower's features stay the same with its values given and its attention packed.
+
+        Patches lie in the row in blocks of those that become one feature, or, where that is done behind the tower, row
+        after row of their image; which of the two is asked here.
+        """
         from transformers import AttentionInterface
 
         before = getattr(self.tower, "_attn_implementation", None)
+        reasons: list[str] = []
         try:
             AttentionInterface.register(PACKED, packed_attention)
             own = self._features(batch)
             self.model.set_attn_implementation({"vision_config": PACKED})  # type: ignore[operator]
-            ours = self._features({**batch, **values})
-            same = len(own) == len(ours) and all(map(_close, own, ours))
-            if isinstance(batch.get(_GRID), Tensor):
-                features = sum(found.numel() // found.shape[-1] for found in own)
-                patches = int(batch[_GRID].prod(-1).sum())
-                self.patches = patches // features if features and patches % features == 0 else 0
-            reason = "its images' features change"
         except Exception as error:  # noqa: BLE001  towers may take these values in any way, or not at all
-            same, reason = False, f"{type(error).__name__}: {error}"
-        if not same:
-            if before is not None:
-                self.model.set_attn_implementation({"vision_config": before})  # type: ignore[operator]
-            warnings.warn(f"unsloth: each size of image may be compiled: {reason}", stacklevel=3)
-        return same
+            reasons.append(f"{type(error).__name__}: {error}")
+        else:
+            for self.by_rows in (False, True):
+                if not (reason := self._difference(own, {**batch, **find(batch)})):
+                    self._compare_lengths(batch, own)
+                    return True
+                reasons.append(reason)
+        if before is not None:
+            self.model.set_attn_implementation({"vision_config": before})  # type: ignore[operator]
+        warnings.warn(f"unsloth: each size of image may be compiled: {reasons[0]}", stacklevel=4)
+        return False
+
+    def _difference(self, own: list[Tensor], ready: Mapping[str, Any]) -> str:
+        """Why the features of a batch made ready are not the model's own, or nothing."""
+        try:
+            ours = self._features(ready)
+        except Exception as error:  # noqa: BLE001  as above
+            return f"{type(error).__name__}: {error}"
+        same = len(own) == len(ours) and all(map(_close, own, ours))
+        return "" if same else "its images' features change"
+
+    def _compare_lengths(self, batch: Mapping[str, Any], own: list[Tensor]) -> None:
+        """Note how many patches of the grid a feature stands for."""
+        if isinstance(batch.get(_GRID), Tensor):
+            features = sum(found.numel() // found.shape[-1] for found in own)
+            patches = int(batch[_GRID].prod(-1).sum())
+            self.patches = patches // features if features and patches % features == 0 else 0
 
     def _features(self, batch: Mapping[str, Any]) -> list[Tensor]:
         find: Any = self.owner.get_image_features  # type: ignore[union-attr]

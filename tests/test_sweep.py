@@ -128,6 +128,16 @@ def test_fields_that_depend_on_others() -> None:
     assert {size for pair in config.image_grid_pinpoints for size in pair} <= {56, 112, 168}
 
 
+def test_frequencies_are_dealt_out_to_the_axes_of_positions() -> None:
+    """Where a configuration leaves it to the model, whose own sections are of heads of another width."""
+    config = CONFIG_MAPPING["ernie4_5_vl_moe"]()
+    assert "mrope_section" not in config.text_config.rope_parameters
+    rope = with_pictures("ernie4_5_vl_moe", 1).text_config.rope_parameters
+    assert rope["mrope_section"] == [3, 3, 2] and sum(rope["mrope_section"]) == HEAD_DIM // 2
+    _, batch, _ = sweep_worker.runnable("ernie4_5_vl_moe", "vision")
+    assert batch["image_grid_thw"].shape == (2, 3)
+
+
 def test_parts_of_parts_stay_in_proportion() -> None:
     config = with_pictures("pi0", 3)  # whose action model reads the keys and values of the text's
     text = config.vlm_config.text_config

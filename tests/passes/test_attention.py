@@ -361,6 +361,19 @@ def test_the_rewritten_graph_computes_the_same(dynamic: bool) -> None:
     torch.testing.assert_close(got, wanted)
 
 
+def test_the_output_of_a_graph_whose_batch_is_one_row() -> None:
+    """As of a tower that attends to one image after the other, where each call of it is a graph.
+
+    The stride of that row, by which nothing is found, is another than before.
+    """
+
+    def attend(x: Tensor) -> Tensor:
+        q = x.transpose(0, 1)[None]
+        return scaled_dot_product_attention(q, q, q).transpose(1, 2).contiguous()
+
+    assert_rewrites(Attention(), attend, torch.randn(6, 4, 8, requires_grad=True), to="attention")
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 COMMON: dict[str, Any] = {

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch import fx
 from torch.nn.functional import dropout, linear
 
 from tests.toy import Raising, Scale, toy
@@ -228,17 +229,31 @@ def test_rule_4_only_the_guilty_pass_is_dropped() -> None:
     assert reports[0].error and not reports[1].error and len(reports[1].rewritten) == 1
 
 
-def test_rule_4_output_strides_are_kept() -> None:
-    gm = trace(lambda x, w: (x.t() * 3.0, linear(x, w).sum()), *inputs())
+def with_output_copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph, its first output copied into the order of memory that a new tensor has."""
     other = copy_graph(gm)
-    node = next(n for n in other.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    (output,) = other.graph.find_nodes(op="output")
+    node = output.args[0][0]
     with other.graph.inserting_after(node):
         copied = {"memory_format": torch.contiguous_format}
         clone = other.graph.call_function(torch.ops.aten.clone.default, (node,), copied)
     node.replace_all_uses_with(clone, delete_user_cb=lambda user: user is not clone)
     other.recompile()
+    return other
+
+
+def test_rule_4_output_strides_are_kept() -> None:
+    gm = trace(lambda x, w: (x.t() * 3.0, linear(x, w).sum()), *inputs())
     with pytest.raises(Unsound, match="output 0 changed its strides"):
-        assert_same_mathematics(gm, other)
+        assert_same_mathematics(gm, with_output_copied(gm))
+
+
+def test_rule_4_a_stride_that_no_element_is_found_by_may_change() -> None:
+    gm = trace(lambda x, w: ((x * 3.0)[:, None].transpose(0, 1), linear(x, w).sum()), *inputs())
+    other = with_output_copied(gm)
+    first, second = (soundness._outputs(g)[0].value for g in (gm, other))
+    assert first.shape == (1, 2, 4) and (first.stride(), second.stride()) == ((4, 4, 1), (8, 4, 1))
+    assert_same_mathematics(gm, other)
 
 
 def test_rule_5_random_operators_are_not_swallowed() -> None:

@@ -52,6 +52,12 @@ def _patches(model: nn.Module, seed: int) -> dict[str, Any]:
     return {**_text(model, (grid.prod(-1) // 4).tolist(), seed), "pixel_values": pixels, "image_grid_thw": grid}
 
 
+def _patches_by_rows(model: nn.Module, seed: int) -> dict[str, Any]:
+    """As PaddleOCR-VL takes them: each patch with its colours and sides apart, row after row of its image."""
+    batch, side = _patches(model, seed), model.config.vision_config.patch_size  # type: ignore[union-attr]
+    return {**batch, "pixel_values": batch["pixel_values"].view(-1, 2, 3, side, side)[:, 0]}
+
+
 def _squares(model: nn.Module, seed: int) -> dict[str, Any]:
     """As Idefics 3 takes them: a list of square images for each row, and a mask of their pixels."""
     side = 2 * random.Random(seed).randint(1, 2)
@@ -62,7 +68,7 @@ def _squares(model: nn.Module, seed: int) -> dict[str, Any]:
     return {**batch, "pixel_values": images, "pixel_attention_mask": torch.ones(ROWS, 1, pixels, pixels).long()}
 
 
-CASES = [("qwen2_5_vl", _patches), ("qwen3_vl", _patches), ("idefics3", _squares)]
+CASES = [("qwen2_5_vl", _patches), ("qwen3_vl", _patches), ("paddleocr_vl", _patches_by_rows), ("idefics3", _squares)]
 
 
 @pytest.mark.parametrize(("name", "make"), CASES)
@@ -82,8 +88,23 @@ def test_random_sizes_share_few_graphs(name: str, make: Any) -> None:
     assert len(lengths) > 20
     assert len(reports) <= GRAPHS and shapes.outside
     variants = [s.detail for report in reports for s in report.rewritten if s.operator == "attention"]
-    if name == "qwen2_5_vl":
+    if name in ("qwen2_5_vl", "paddleocr_vl"):
         assert len(reports) == 1 and sum(variant == "documents" for variant in variants) == 2  # both of its towers'
+
+
+def test_tiles_of_one_size_are_one_graph() -> None:
+    """Although their number of features, whose root the model takes, would be a symbol if their sides were."""
+    model, batch, eager = sweep_worker.runnable("internvl", "vision")
+    shapes = ImageShapes(model)
+    reports: list[GraphReport] = []
+    run = compiled(model, Options.parse({"strict": True, "lowering": "eager"}), reports)
+    with sizes_in_graph():
+        for step in range(2):
+            pixels = batch["pixel_values"] if step == 0 else batch["pixel_values"].flip(-1)
+            ours = sweep_worker.step(run, model, shapes({**batch, "pixel_values": pixels}))
+            wanted = eager if step == 0 else sweep_worker.step(model, model, {**batch, "pixel_values": pixels})
+            assert not sweep_worker.compare(ours, wanted)
+    assert len(reports) == 1 and shapes.outside
 
 
 # -- attention within pieces of a row ---------------------------------------------------------------------------------
@@ -153,6 +174,28 @@ def test_a_tower_that_computes_otherwise_is_left_alone() -> None:
         assert shapes(batch).keys() == batch.keys()
     assert tower.attention == [PACKED, "sdpa"]
     assert shapes(batch).keys() == batch.keys() and len(tower.attention) == 2  # asked once
+
+
+class Rowwise(Tower):
+    """Whose patches lie row after row of their image, although 2 × 2 of them are merged behind it."""
+
+    def get_image_features(
+        self, pixel_values: Tensor, image_grid_thw: Tensor, image_position_ids: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        (_, rows, columns) = image_grid_thw[0].tolist()
+        own = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        return pixel_values + (own if image_position_ids is None else image_position_ids)
+
+
+def test_the_order_of_patches_is_found_out() -> None:
+    tower = Rowwise()
+    shapes = ImageShapes(tower)
+    for rows, columns in ((2, 4), (4, 2)):
+        batch = {"pixel_values": torch.randn(8, 2), "image_grid_thw": torch.tensor([[1, rows, columns]])}
+        ready = shapes(batch)
+        assert torch.equal(tower.get_image_features(**ready), tower.get_image_features(**batch))
+        assert ready["image_position_ids"][:2].tolist() == [[0, 0], [0, 1]] and shapes.outside
+    assert tower.attention == [PACKED]
 
 
 class Worded(Tower):
