@@ -77,6 +77,7 @@ SLOW = (
     "passes/test_nf4.py::test_under_autocast[dtype0-compute_dtype0-True]",
     "passes/test_nf4.py::test_under_autocast[dtype2-compute_dtype2-False]",
     "runtime/test_image_shapes.py::test_random_sizes_share_few_graphs[idefics3-_squares]",
+    "runtime/test_image_shapes.py::test_random_sizes_share_few_graphs[paddleocr_vl-_patches_by_rows]",
     "runtime/test_image_shapes.py::test_random_sizes_share_few_graphs[qwen3_vl-_patches]",
     "runtime/test_learning_rates.py::test_the_compiled_step_with_other_adapters[rsLoRA]",
     "runtime/test_train.py::test_a_signal_and_going_on[2-130]",
