@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(folder: Path) -> tuple[_Question, Deep, Deep]:
     """A question, and its answers from a few layers and from all."""
     question = _Question(str(folder), presets.AutoConfig.from_pretrained(folder), 4, False, ceilings("H100"))
-    assert question.traced == 4 and question.depth == 6
+    assert question.traced == 5 and question.depth == 6
     repeated = question.ask(BATCH, SEQ)
     question.traced = 6
     return question, repeated, question.ask(BATCH, SEQ)
@@ -64,6 +64,26 @@ def test_repeated_layers_plan_like_traced_ones(asked: tuple[_Question, Deep, Dee
         assert ours.seconds == pytest.approx(whole.seconds, rel=0.02) and ours.host_bytes == whole.host_bytes
 
 
+@pytest.mark.parametrize("host", [0, 1 << 40], ids=["on the device", "by way of the host"])
+def test_repeated_pairs_of_layers_plan_like_traced_ones(asked: tuple[_Question, Deep, Deep], host: int) -> None:
+    question, repeated, traced = asked
+    spanned: Any = repeated.spanning(2)
+    planner: Any = traced.planner.spanning(2)
+    assert repeated.pairs() == traced.planner.pairs() == 2 and spanned.inner == {1, 3}
+    assert spanned.residual_sizes() == planner.residual_sizes() and len(spanned.residual_sizes()) == 3
+    if host:
+        spanned, planner = spanned.offloading(host), planner.offloading(host)
+        assert len(spanned.gone) == len(planner.away) == 3
+    for ours, whole in ((spanned.fastest[0], planner.fastest[0]), (spanned.smallest[0], planner.smallest[0])):
+        counted = whole.peak_bytes - planner.liveness.standing.total
+        assert ours.peak_bytes - question.standing.total == pytest.approx(counted, rel=0.01)
+        assert ours.seconds == pytest.approx(whole.seconds, rel=0.02) and ours.host_bytes == whole.host_bytes
+    assert spanned.smallest[0].seconds > repeated.smallest[0].seconds
+    whole = traced.spanning(2)
+    assert whole is not None and whole.smallest[0].peak_bytes == pytest.approx(spanned.smallest[0].peak_bytes, rel=0.1)
+    assert "compute residuals of 2 of 6 layers (1, 3) again" in spanned.smallest[0].words
+
+
 @pytest.mark.parametrize("host", [0, 1 << 18, 1 << 40], ids=["none", "a little", "ample"])
 @pytest.mark.parametrize("deep", [True, False], ids=["repeated", "traced"])
 def test_more_memory_is_never_slower(asked: tuple[_Question, Deep, Deep], deep: bool, host: int) -> None:
@@ -82,7 +102,7 @@ def test_more_memory_is_never_slower(asked: tuple[_Question, Deep, Deep], deep: 
 
 
 def test_host_memory_that_is_too_small_is_said(asked: tuple[_Question, Deep, Deep]) -> None:
-    residual = asked[1].residuals[0]
+    residual = asked[1].residual_sizes()[0]
     planners: list[Plans] = [asked[1], asked[2].planner]
     for planner in planners:
         plan, _ = fastest_within(planner, 1, 2 * residual)
