@@ -106,7 +106,8 @@ def test_host_memory_that_is_too_small_is_said(asked: tuple[_Question, Deep, Dee
     planners: list[Plans] = [asked[1], asked[2].planner]
     for planner in planners:
         plan, _ = fastest_within(planner, 1, 2 * residual)
-        assert "holds the residuals of 2 layers, and those of 5 take" in plan.note
+        # Two of five residuals are computed again, so that three are left.
+        assert "holds the residuals of 2 layers, and those of 3 take" in plan.note
         plan, _ = fastest_within(planner, 1, residual - 1)
         assert "holds the residuals of 0 layers" in plan.note and "computed again instead" in plan.note
         assert not plan.host_bytes
@@ -122,7 +123,7 @@ def test_a_plan_from_a_configuration(folder: Path, tmp_path: Path) -> None:
     assert found.smallest <= found.fastest <= found.budget
     assert found.longest_sequence > SEQ and found.largest_batch >= BATCH
     question = _Question(str(folder), presets.AutoConfig.from_pretrained(folder), 4, True, ceilings("H100"))
-    floor = question.ask(BATCH, found.longest_sequence).smallest[0].peak_bytes
+    floor = fastest_within(question.ask(BATCH, found.longest_sequence), 0, 0)[0].peak_bytes
     assert 0.9 * found.budget < floor <= found.budget
     text = str(found)
     assert "adapters" in text and "all 6 layers keep everything" in text
