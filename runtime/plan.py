@@ -26,11 +26,12 @@ from ..models import presets
 from ..models.adapters import add_lora
 from ..models.source import ModelError, explained, locate
 from ..passes.memory.costs import LIBRARY_WORKSPACE, Ceilings, Sizes, ceilings
+from ..passes.memory.floor import Floor
 from ..passes.memory.liveness import MOMENTS
 from ..passes.memory.partition import half_of_host_memory
 from ..passes.memory.plan import Plan
 from ..passes.memory.planner import Planner
-from ..passes.memory.repeated import Deep, Floor
+from ..passes.memory.repeated import Deep
 from ..passes.memory.timeline import Standing, Timeline
 from ..passes.memory.within import fastest_within
 from ..passes.memory.words import gib
@@ -41,6 +42,8 @@ CONTEXT = 600 << 20
 """Bytes that CUDA and its kernels take before anything is allocated."""
 TRACED = 4
 """Periods of layers that are traced for all: two ends, one that is repeated, and one before it."""
+PAIR = 2
+"""Layers that a residual may span: so many are traced between the ends."""
 ROUND = 64
 """Sequence lengths are given in multiples of so many tokens."""
 
@@ -208,8 +211,9 @@ class _Question:
         self.depth = int(text.num_hidden_layers)
         kinds = getattr(text, "layer_types", None) or []
         period = next((p for p in range(1, 9) if list(kinds[p:]) == list(kinds[:-p])), 0) if kinds else 1
-        repeats = period and self.depth % period == 0 and self.depth > TRACED * period
-        self.traced = TRACED * period if repeats else self.depth
+        traced = max(TRACED * period, 3 * period + PAIR)
+        repeats = period and self.depth % period == 0 and self.depth > traced
+        self.traced = traced if repeats else self.depth
         self.period = period or 1
         whole = self._build(self.depth)
         self.standing = _standing(whole)
@@ -234,7 +238,7 @@ class _Question:
         planner = Planner(traced.joint, traced.gradients, Sizes(self.card))
         if len(planner.layers) != self.traced:
             raise ModelError(f"{self.name!r}: {len(planner.layers)} of {self.traced} layers were found in its graph")
-        deep = Deep(planner, self._like(), self.standing)
+        deep = Deep(planner, self._like(), self.standing, self.period if self.traced < self.depth else 0)
         self.planning += time.perf_counter() - started
         return deep
 
@@ -250,8 +254,13 @@ class _Question:
             return 0
         guess = max(ROUND, int((budget - fixed) / (peak - fixed) * seq) // ROUND * ROUND)
         guess += ROUND if guess == seq else 0
-        floor = Floor.through((batch * seq, batch * guess), (here, self.ask(batch, guess)))
-        return floor.tokens_within(budget, host)
+        counts, plans = (batch * seq, batch * guess), (here, self.ask(batch, guess))
+        floor = Floor.through(counts, plans, spans=False)
+        found = floor.tokens_within(budget, host)
+        line = floor.lines[0]
+        if line.room(found, host) == len(line.residuals):
+            return found  # with all of them away residuals that span two layers spare nothing
+        return Floor.through(counts, plans, spans=True).tokens_within(budget, host)
 
     def _like(self) -> list[int]:
         """The traced layer that each layer is like: the ends are themselves, all between are the last but those.
@@ -265,7 +274,7 @@ class _Question:
         return [*range(2 * p), *(2 * p + i % p for i in range(self.depth - 3 * p)), *range(n - p, n)]
 
     def _build(self, depth: int) -> nn.Module:
-        config = _shallow(self.config, depth)
+        config = _shallow(self.config, depth, self.period)
         with explained(self.name), torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         if self.lora_r is not None:
@@ -277,14 +286,13 @@ class _Question:
         return model.train()
 
 
-def _shallow(config: Any, depth: int) -> Any:
+def _shallow(config: Any, depth: int, period: int) -> Any:
     config = copy.deepcopy(config)
     text = config.get_text_config()
     old = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == old and depth < old:
             # The ends and what is between, as `_Question._like` repeats it.
-            period = depth // TRACED
             setattr(text, name, [*value[: depth - period], *value[old - period :]])
     text.num_hidden_layers = depth
     return config

@@ -29,6 +29,7 @@ def too_little(sizes: Sequence[int], host: int) -> str:
     )
 
 
-def waited_for(moved: int, link: float, halves: Iterable[float]) -> float:
-    """Seconds that forward and backward, busy for so long, wait for that many bytes to leave or to come back."""
-    return sum(max(0.0, moved / link - busy) for busy in halves)
+def waited_for(link: float, halves: Iterable[tuple[int, float]]) -> float:
+    """Seconds that forward and backward wait for the link: of each the bytes that leave or come back, and the seconds
+    that it is busy."""
+    return sum(max(0.0, moved / link - busy) for moved, busy in halves)

@@ -6,8 +6,8 @@ import functools
 import operator
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Joint:
         needed: those that forward has to run for its own outputs.
         wanted: forward values that backward nodes or outputs read, in order, graph inputs excluded.
         mutated: graph inputs that forward overwrites: in backward they hold something else.
+        copies: nodes that backward alone runs, each with the one of forward that it is a copy of (spans.py).
+        early: what a layer's residual is computed again by, in the turn of the layer above; copies are for its own.
     """
 
     graph: fx.Graph
@@ -44,6 +46,8 @@ class Joint:
     needed: frozenset[fx.Node]
     wanted: list[fx.Node]
     mutated: frozenset[fx.Node]
+    copies: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    early: frozenset[fx.Node] = frozenset()
 
     @functools.cached_property
     def forward_set(self) -> frozenset[fx.Node]:
@@ -85,19 +89,23 @@ def layers(joint: Joint) -> dict[fx.Node, tuple[str, int]]:
     children = Counter(container for container, _ in set(homes.values()))
     layer = {n: (container, int(index)) for n, (container, index) in homes.items() if children[container] > 1}
     for node in joint.forward:
-        if maker(node) in joint.needed:
+        if node in joint.copies:
+            if joint.copies[node] in layer:
+                layer[node] = layer[joint.copies[node]]
+        elif maker(node) in joint.needed:
             if maker(node) in layer:
                 layer[node] = layer[maker(node)]
         elif inherited := [layer[n] for n in node.all_input_nodes if n in layer]:
             layer[node] = inherited[0]
     for node in joint.forward:
-        if SPLIT in node.meta and node.target is operator.getitem:
+        if SPLIT in node.meta and node.target is operator.getitem and node not in joint.copies:
             # The norm after a layer's last sum is the next layer's, so that the sum alone crosses the border.
             reader = next((u for u in node.users if u in joint.needed), None)
             for part in (node, maker(node)):
                 layer.pop(part, None)
                 if reader in layer:
                     layer[part] = layer[reader]
+    layer |= {copy: layer[node] for copy, node in joint.copies.items() if node in layer}
     return layer
 
 

@@ -168,8 +168,8 @@ class Liveness:
 
     def again(self) -> list[fx.Node]:
         """The operators of forward that backward ran again in the last timeline."""
-        turn = self.last_turn
-        return [n for n in self.last_walk.operations[turn:] if n in self.joint.needed]
+        turn, joint = self.last_turn, self.joint
+        return [n for n in self.last_walk.operations[turn:] if n in joint.needed or n in joint.copies]
 
     # -- in which order ------------------------------------------------------------------------------------------------
 
@@ -229,11 +229,11 @@ class Liveness:
         kept_bytes = sum(self.size[n] for n in counted)
         finished = 0
         alive = set(alive)
-        back = self._arrivals(order, sources, away)
+        back, doubled = self._arrivals(order, sources, away)
         for i, operation in enumerate(order):
             if operation in unpacked or (operation not in sources):
                 continue
-            for s in back[i]:
+            for s in back.get(i, ()):
                 if s not in alive:
                     alive.add(s)
                     counted.add(s)
@@ -250,7 +250,7 @@ class Liveness:
                 members, writes, workspace = stretch.stretch.operations, stretch.stretch.writes, stretch.workspace
                 made = sum(self.size[n] for n in writes)
             new = [n for n in writes if n not in alive]
-            grown = live + made + weights + workspace
+            grown = live + made + weights + workspace + doubled.get(i, 0)
             for member in members:
                 if member not in unpacked:
                     walk.names.append(member.name)
@@ -273,19 +273,32 @@ class Liveness:
 
     def _arrivals(
         self, order: list[fx.Node], sources: dict[fx.Node, tuple[fx.Node, ...]], away: Collection[fx.Node]
-    ) -> dict[int, list[fx.Node]]:
-        """Which values come back from the host when: the first when it is read, the others when the one before is."""
-        first: dict[fx.Node, int] = {}
+    ) -> tuple[dict[int, list[fx.Node]], dict[int, int]]:
+        """Which values come back from the host when: the first when it is read, the others when the one before is.
+
+        What a layer that runs twice is given comes twice, for each of its turns; its first copy goes after the first.
+
+        Returns:
+            the values by moment, and the bytes of those that are there twice.
+        """
+        turns: dict[tuple[fx.Node, bool], tuple[int, int]] = {}
         for i, op in enumerate(order):
             for s in sources.get(op, ()):
                 if s in away:
-                    first.setdefault(s, i)
+                    key = (s, op in self.joint.early)
+                    turns[key] = (turns.get(key, (i, i))[0], i)
         arrivals: dict[int, list[fx.Node]] = defaultdict(list)
-        moment: int | None = None
-        for s, i in first.items():  # in the order in which they are read
-            arrivals[i if moment is None else moment].append(s)
-            moment = i
-        return arrivals
+        doubled: dict[int, int] = defaultdict(int)
+        moment, there = None, {}
+        for (s, _), (first, last) in sorted(turns.items(), key=lambda item: item[1]):
+            if s not in there:
+                arrivals[first if moment is None else moment].append(s)
+            elif moment is not None:
+                for i in range(moment, there[s] + 1):
+                    doubled[i] += self.size[s]
+            moment, there[s] = first, last
+        self.last_fetched = sum(self.size[s] for s, _ in turns)
+        return arrivals, doubled
 
     def _overwrites(self, operation: fx.Node, made: int, dying: list[fx.Node]) -> int:
         if self.fused and _fuses(operation) and any(self.size[s] == made for s in dying):

@@ -20,13 +20,14 @@ from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
 from .costs import Sizes, ceilings
-from .joint import Joint, hint, read_joint, tokens
+from .joint import Joint, hint, layers, read_joint, tokens
 from .norms import merge_norms, split_norms
 from .plan import Plan
 from .planner import Planner
 from .schedule import by_way_of_host, unpack_where_used
 from .sliced import run_in_slices
 from .slices import Slicing
+from .spans import run_twice
 from .timeline import Timeline
 from .within import fastest_within
 from .words import BudgetError, below_floor, gib, in_words, sequence_length, tokens_within
@@ -103,6 +104,8 @@ class Partitioner(CustomPartitionerFn):
         joint, gradients, long_lived = joint_of(gm, num_fwd_outputs, indices)
         plan = self.choose(joint, gradients)
         kept = set(plan.saved)
+        if plan.inner:
+            run_twice(joint, plan.inner, layers(joint), kept)
         # Symbolic numbers are saved where they are wanted; the cut drops whatever backward does not read.
         symbols = [n for n in joint.forward if torch_private.is_sym_node(n)]
         inputs = [n for n in joint.forward if n.op == "placeholder" and n not in symbols]
@@ -114,7 +117,7 @@ class Partitioner(CustomPartitionerFn):
             if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
         if plan.offloaded:
-            by_way_of_host(*halves, plan.offloaded, num_fwd_outputs)
+            by_way_of_host(*halves, plan.offloaded, num_fwd_outputs, plan.inner)
         self.last_plan = plan
         return halves
 
@@ -134,16 +137,18 @@ class Partitioner(CustomPartitionerFn):
             if found[0].peak_bytes > allowed and self.budget:
                 self._refuse(below_floor(allowed, found[1], sequence_length(joint), planner.why_not_sliced()))
         plan, self.last_timeline = _with_guard(found, joint, allowed)
+        planner = planner.with_inner(plan.inner) or planner
         self.slicing = planner.liveness.slicing if plan.rows else None
-        if (
-            plan.policy == "keep" and not plan.offloaded and not plan.rows
-        ):  # which is the common case, and needs no look at the layers
+        if plan.policy == "keep" and not plan.offloaded and not plan.rows:  # the common case, without a look at layers
             return replace(plan, words="everything that backward wants is kept")
         if plan.note and self.told_host:
             warnings.warn(f"unsloth: {plan.note}", CompilerWarning, stacklevel=2)
         kept, away = ({planner.by_name[name] for name in names} for names in (plan.saved, plan.offloaded))
-        gone = [i for i, layer in enumerate(planner.layers) if any(n in away for n in layer.values)]
-        told = in_words(planner.layers, [kept] * len(planner.layers), gone), planner.in_slices(plan)
+        gone, inner = (
+            [i for i, layer in enumerate(planner.layers) if any(n in there for n in layer.values)]
+            for there in (away, {planner.by_name[name] for name in plan.inner})
+        )
+        told = in_words(planner.layers, [kept] * len(planner.layers), gone, inner), planner.in_slices(plan)
         return replace(plan, words="; ".join(filter(None, told)))
 
     def allowed(self, planner: Planner) -> int | None:

@@ -118,7 +118,7 @@ def patterns(layer: Layer, joint: Joint, sizes: Sizes) -> list[Pattern]:
         return []
     least = sum(sizes.bytes(layer.values[i]) for i in layer.must)
     found = {everything}
-    for step in range(LIMITS):
+    for step in range(LIMITS if layer.must != layer.most else 0):
         solved = program.solve(limit=least + (everything.bytes - least) * step // LIMITS)
         if solved is not None and solved.seconds > everything.seconds and solved.bytes < everything.bytes:
             found.add(solved)

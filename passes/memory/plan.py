@@ -64,6 +64,7 @@ class Plan:
         words: what is kept and what is not, for people.
         rows: tokens that the stretches are run on at a time; 0 where nothing is run in slices.
         stretches: of forward and of backward, the operators of each stretch that is run in slices, by node name.
+        inner: residuals that are computed again from the one before, by node name; others then span two layers.
     """
 
     policy: str
@@ -80,6 +81,7 @@ class Plan:
     limit: int = 0
     rows: int = 0
     stretches: tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]] = ((), ())
+    inner: tuple[str, ...] = ()
 
     @property
     def kept(self) -> list[str]:
@@ -102,7 +104,7 @@ class Plan:
     @property
     def digest(self) -> str:
         text = ";".join(f"{name}={tag.value}" for name, tag in sorted(self.tags.items()))
-        return hashlib.sha256(f"{self.policy}:{text}:{self.rows}:{self.stretches}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.policy}:{text}:{self.rows}:{self.stretches}:{self.inner}".encode()).hexdigest()
 
     def __str__(self) -> str:
         text = (

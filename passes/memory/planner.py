@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from .joint import Joint, is_statistic, layers, maker
 from .liveness import MOMENTS, Liveness, root
 from .patterns import Layer, Pattern, members, patterns, read_layers
 from .plan import Plan, Tag, keep_plan, plan_of, recompute_plan
+from .spans import double, every_second, inner_residuals
 from .timeline import Timeline
 from .words import sliced_in_words
 
@@ -47,17 +48,22 @@ class Planner:
     Attributes:
         away: values that wait in host memory wherever a plan keeps them.
         rows: tokens that stretches of layers are run on at a time; 0 for all.
+        inner: residuals that are computed again, by name, so that others span two layers.
+        plain: the planner without them.
     """
 
     def __init__(
         self, joint: Joint, gradients: Sequence[Any], sizes: Sizes, *, moments: float = MOMENTS, fused: bool = True
     ) -> None:
-        self.joint, self.sizes = joint, sizes
+        self.joint, self.gradients, self.sizes = joint, gradients, sizes
         self.liveness = Liveness(joint, gradients, sizes, moments=moments, fused=fused)
         self.by_name = {n.name: n for n in joint.forward}
         self.home = layers(joint)
         self.away: frozenset[fx.Node] = frozenset()
         self.rows = 0
+        self.inner: tuple[str, ...] = ()
+        self.plain: Planner | None = None
+        self.solved: dict[Any, list[Pattern]] = {}  # by signature, of all that are made of this one
         self.rungs: dict[int, tuple[Plan, Timeline]] = {}
         self.others: dict[Any, Planner] = {}
 
@@ -80,10 +86,48 @@ class Planner:
             None where there is nothing to offload, or no room for it.
         """
         residuals = self.residuals
-        away = frozenset(residuals[i] for i in that_fit(map(self.sizes.bytes, residuals), host))
+        away = frozenset(residuals[i] for i in that_fit(self.residual_sizes(), host))
         if not away:
             return None
         return self._other(away, self.rows)
+
+    @functools.cached_property
+    def spans(self) -> dict[int, list[fx.Node]]:
+        """What a layer hands on, by the layers whose residual may be computed again (spans.py)."""
+        kept = [self.by_name[name] for name in self.smallest[0].saved]
+        return inner_residuals(self.joint, self.home, [layer.name for layer in self.layers], kept)
+
+    def pairs(self) -> int:
+        """How many pairs of layers a residual can span."""
+        return len(every_second(self.spans))
+
+    def spanning(self, count: int) -> Planner | None:
+        """A planner whose plans have residuals span two layers in the first pairs of them; None where there are none.
+
+        Args:
+            count: how many pairs.
+        """
+        return self.with_inner(self.inner_of(every_second(self.spans)[:count]))
+
+    def inner_of(self, chosen: Iterable[int]) -> tuple[str, ...]:
+        """The names of what those layers hand on."""
+        return tuple(n.name for i in chosen for n in self.spans[i])
+
+    def with_inner(self, inner: tuple[str, ...]) -> Planner | None:
+        """A planner whose plans compute those residuals again; None for none."""
+        if not inner:
+            return None
+        if inner not in self.others:
+            least, most = (plan.saved for plan, _ in (self.smallest, self.fastest))
+            doubled = double(self.joint, self.gradients, inner, self.home, least)
+            moments, fused = self.liveness.moments, self.liveness.fused
+            self.others[inner] = other = Planner(
+                doubled.joint, doubled.gradients, self.sizes, moments=moments, fused=fused
+            )
+            named = (("recompute", least), ("mixed", most))
+            least, most = (plan_of(policy, other.joint, doubled.of(kept, least), "") for policy, kept in named)
+            other.inner, other.extremes, other.plain, other.solved = inner, (least, most), self, self.solved
+        return self.others[inner]
 
     def slicing(self, rows: int) -> Planner | None:
         """A planner whose plans run stretches of layers on a few tokens at a time, where their widest values lie.
@@ -135,9 +179,13 @@ class Planner:
                 vars(other).pop(name, None)
         return self.others[away, rows]
 
+    def residual_sizes(self) -> list[int]:
+        """Bytes of what crosses the borders of layers and may wait in host memory."""
+        return [self.sizes.bytes(n) for n in self.residuals]
+
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
-        return too_little([self.sizes.bytes(n) for n in self.residuals], host)
+        return too_little(self.residual_sizes(), host)
 
     def price(self, plan: Plan) -> tuple[Plan, Timeline]:
         """The plan with its peak and its seconds, and the step's timeline."""
@@ -151,6 +199,7 @@ class Planner:
             parts=timeline.parts,
             rows=self.rows,
             stretches=(names[0], names[1]),
+            inner=self.inner,
         )
         return (self._offloaded(priced, away) if away else priced), timeline
 
@@ -171,26 +220,27 @@ class Planner:
         """The same plan with those values in host memory; the link is waited for where arithmetic does not hide it."""
         walk, turn = self.liveness.last_walk, self.liveness.last_turn
         moved = sum(map(self.sizes.bytes, away))
-        halves = (sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:]))
+        halves = [sum(map(self.sizes.seconds, part)) for part in (walk.operations[:turn], walk.operations[turn:])]
         tags = {**plan.tags, **{n.name: Tag.OFFLOAD for n in away}}
-        waited = waited_for(moved, self.sizes.device.link, halves)
+        fetched = self.liveness.last_fetched
+        waited = waited_for(self.sizes.device.link, zip((moved, fetched), halves, strict=True))
         seconds, saved = plan.seconds + waited, plan.saved_bytes - moved
         return dataclasses.replace(plan, tags=tags, seconds=seconds, saved_bytes=saved, host_bytes=moved)
 
     @functools.cached_property
-    def _ends(self) -> tuple[Plan, Plan]:
-        """Everything kept, and as little as can be, without a price. Values away and slices change only that."""
-        return keep_plan(self.joint), recompute_plan(self.joint)
+    def extremes(self) -> tuple[Plan, Plan]:
+        """As little kept as can be, and everything, without a price. Values away and slices change only that."""
+        return recompute_plan(self.joint), keep_plan(self.joint)
 
     @functools.cached_property
     def fastest(self) -> tuple[Plan, Timeline]:
         """Everything kept."""
-        return self.price(self._ends[0])
+        return self.price(self.extremes[1])
 
     @functools.cached_property
     def smallest(self) -> tuple[Plan, Timeline]:
         """As little kept as can be."""
-        return self.price(self._ends[1])
+        return self.price(self.extremes[0])
 
     def within(self, budget: int) -> tuple[Plan, Timeline]:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
@@ -225,13 +275,15 @@ class Planner:
 
     @functools.cached_property
     def choices(self) -> list[list[Pattern]]:
-        """Per layer its patterns, as many for each (the last repeated), so that patterns of one rank make a plan."""
+        """Per layer its patterns, as many for each (the last repeated), so that patterns of one rank make a plan; with
+        spans as many as without."""
         solved: dict[Any, list[Pattern]] = {}
         for layer in self.layers:
+            if layer.signature not in self.solved:
+                self.solved[layer.signature] = patterns(layer, self.joint, self.sizes)
             if layer.signature not in solved:
-                found = patterns(layer, self.joint, self.sizes)
-                solved[layer.signature] = found or self._extremes(layer)
-        longest = max(map(len, solved.values()))
+                solved[layer.signature] = self.solved[layer.signature] or self._extremes(layer)
+        longest = max(*map(len, solved.values()), len(self.plain.choices[0]) if self.plain else 0)
         layer_choices: list[list[Pattern]] = []
         padded = {s: [*found, *[found[-1]] * (longest - len(found))] for s, found in solved.items()}
         there: dict[Any, list[Pattern]] = {}  # bytes on the device
@@ -288,6 +340,8 @@ class Planner:
             if operation in self.joint.forward_set:
                 if operation in self.home:
                     last = position.get(self.home[operation])
+                    if last is not None and i >= self.liveness.last_turn and operation in self.joint.early:
+                        last += 1  # it is the layer above that needs it
                 elif i < self.liveness.last_turn:  # else something outside of the layers, made again for one of them
                     last = None
             else:

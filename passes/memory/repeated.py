@@ -18,7 +18,7 @@ import numpy as np
 from .host import that_fit, too_little, waited_for
 from .plan import Plan
 from .planner import RUNGS, Planner
-from .slices import ROWS
+from .spans import every_second
 from .timeline import Standing, Timeline
 from .words import in_words
 
@@ -51,8 +51,11 @@ class Deep:
         like: for each layer of the real model the traced one that it is like; the first and the last traced layer
             stand for themselves.
         standing: what lies on the device all through the step, of the real model.
-        away: a planner of the same graph whose layers leave their residuals in host memory.
-        gone: the layers of the real model that do so.
+        period: after how many layers they repeat, of which two stand before and one behind those that do; 0 where
+            every layer was traced.
+        gone: the layers of the real model that leave their residuals in host memory.
+        inner: the layers of the real model whose residuals are computed again.
+        rows: tokens that stretches of layers are run on at a time; 0 for all.
     """
 
     def __init__(
@@ -60,22 +63,58 @@ class Deep:
         planner: Planner,
         like: Sequence[int],
         standing: Standing,
-        away: Planner | None = None,
+        period: int = 0,
+        *,
         gone: Collection[int] = (),
+        inner: Collection[int] = (),
+        rows: int = 0,
     ) -> None:
-        self.planner, self.like, self.standing = planner, list(like), standing
-        self.away, self.gone = away if gone else None, frozenset(gone)
-        everyone = len(self.gone) >= len(self.like) - 1
+        self.traced, self.standing, self.period, self.rows = planner, standing, period, rows
+        self.gone, self.inner = frozenset(gone), frozenset(inner)
+        self.given, self.planner = list(like), self._in_slices_of(planner)
+        found = [self._source(i, traced) for i, traced in enumerate(like)]
+        self.like = [traced for _, traced in found]
+        self.holders = [i for i in range(len(self.like) - 1) if i not in self.inner]
+        everyone = len(self.gone) >= len(self.holders)
         # Where some stay, the last that leaves is on the device until backward asks for it, and by then the one before
         # is on its way back.
-        absent = {*range(len(self.like))} if everyone else {*sorted(self.gone)[:-2]}
-        self.sources = [self.away if self.away and i in absent else planner for i in range(len(self.like))]
+        absent = {*range(len(self.like))} if self.gone and everyone else {*sorted(self.gone)[:-2]}
+        absent |= {i for i in self.inner if i + 1 in absent}
+        self.sources = [
+            (source.offloading(1 << 62) if i in absent else None) or source for i, (source, _) in enumerate(found)
+        ]
         self.choices = [source.choices[i] for source, i in zip(self.sources, self.like, strict=True)]
-        self.ranks = range(len(planner.choices[0]))
+        self.ranks = range(len(self.planner.choices[0]))
         self.outside = 0.0  # seconds of what backward runs again of the rest of the model
         self._parts: dict[tuple[Planner, int], dict[Any, _Stretch]] = {}
         self.others: dict[Any, Deep] = {}
         self.rungs: dict[int, Planned] = {}
+
+    def _in_slices_of(self, planner: Planner) -> Planner:
+        return planner.slicing(self.rows) or planner if self.rows else planner
+
+    def _source(self, i: int, traced: int) -> tuple[Planner, int]:
+        """Where the figures of a layer come from: plans of the traced model, and one of its layers."""
+        first = next((j for j in (i, i - 1) if j in self.inner), None)
+        if first is None:
+            return self.planner, traced
+        place = self._place(first)
+        inner = [place] if self.period else sorted(self.inner)
+        spanned = self.traced.with_inner(self.traced.inner_of(inner))
+        assert spanned is not None
+        return self._in_slices_of(spanned), place + i - first
+
+    def _place(self, i: int) -> int:
+        """The traced layer that runs twice where a layer does; not one at an end, as no residual would come back."""
+        return 2 * self.period + i % self.period if self.period else i
+
+    def _other(self, **changed: Any) -> Deep:
+        """The same under another arrangement, made once."""
+        given = {"gone": self.gone, "inner": self.inner, "rows": self.rows, **changed}
+        key = tuple(given.values())
+        if key not in self.others:
+            self.others[key] = Deep(self.traced, self.given, self.standing, self.period, **given)
+        return self.others[key]
 
     @functools.cached_property
     def fastest(self) -> Planned:
@@ -87,14 +126,18 @@ class Deep:
         """As little kept as can be."""
         return self.of([0] * len(self.like))
 
-    @property
-    def residuals(self) -> list[int]:
-        """Per layer but the last the bytes that it hands on to the next one."""
+    def residual_sizes(self) -> list[int]:
+        """Per layer but the last, and those that run twice, the bytes that it hands on to the next one."""
+        return [self._handed_on[self.like[i]] for i in self.holders]
+
+    @functools.cached_property
+    def _handed_on(self) -> dict[int, int]:
+        """By traced layer."""
         traced: dict[int, int] = defaultdict(int)
-        position = {layer.name: i for i, layer in enumerate(self.planner.layers)}
-        for node in self.planner.residuals:
-            traced[position[self.planner.home[node]]] += self.planner.sizes.bytes(node)
-        return [traced[i] for i in self.like[:-1]]
+        position = {layer.name: i for i, layer in enumerate(self.traced.layers)}
+        for node in self.traced.residuals:
+            traced[position[self.traced.home[node]]] += self.traced.sizes.bytes(node)
+        return traced
 
     def offloading(self, host: int) -> Deep | None:
         """The same with residuals in host memory, those of the last layers left out where not all have room there.
@@ -105,25 +148,34 @@ class Deep:
         Returns:
             None where there is no room.
         """
-        gone = frozenset(that_fit(self.residuals, host))
-        away = self.planner.offloading(1 << 62) if gone else None
-        if away is None:
-            return None
-        if gone not in self.others:
-            self.others[gone] = Deep(self.planner, self.like, self.standing, away, gone)
-        return self.others[gone]
+        gone = frozenset(self.holders[i] for i in that_fit(self.residual_sizes(), host))
+        return self._other(gone=gone) if gone and self.traced.offloading(1 << 62) is not None else None
 
     def slicing(self, rows: int) -> Deep | None:
         """The same with stretches of layers run on so many tokens at a time; None where there are none."""
-        if ("rows", rows) not in self.others:
-            if (planner := self.planner.slicing(rows)) is None:
-                return None
-            self.others["rows", rows] = Deep(planner, self.like, self.standing)
-        return self.others["rows", rows]
+        return self._other(rows=rows) if self.traced.slicing(rows) is not None else None
+
+    @functools.cached_property
+    def _pairs(self) -> list[int]:
+        """The layers that run twice where as many do as can."""
+        return every_second(i for i in range(1, len(self.like) - 2) if self._place(i) in self.traced.spans)
+
+    def pairs(self) -> int:
+        """How many pairs of layers a residual can span."""
+        return len(self._pairs)
+
+    def spanning(self, count: int) -> Deep | None:
+        """The same with residuals that span two layers in the first pairs of them; None where there are none.
+
+        Args:
+            count: how many pairs.
+        """
+        inner = frozenset(self._pairs[:count])
+        return self._other(inner=inner) if inner else None
 
     def short_of_host(self, host: int) -> str:
         """What host memory is too small for, in words; nothing where it is not."""
-        return too_little(self.residuals, host)
+        return too_little(self.residual_sizes(), host)
 
     def within(self, budget: int) -> Planned:
         """The fastest plan whose peak is at most so many bytes; the smallest one where none is."""
@@ -151,13 +203,14 @@ class Deep:
         """The plan in which each layer keeps the pattern of that rank, and the step's timeline."""
         timeline, halves = self._composed(ranks)
         patterns = [choice[rank] for choice, rank in zip(self.choices, ranks, strict=True)]
-        layers = [self.planner.layers[i] for i in self.like]
+        layers = [source.layers[i] for source, i in zip(self.sources, self.like, strict=True)]
         kept = [{layer.values[i] for i in p.kept} for layer, p in zip(layers, patterns, strict=True)]
-        moved = sum(size for i, size in enumerate(self.residuals) if i in self.gone)
+        moved = sum(self._handed_on[self.like[i]] for i in self.gone)
+        fetched = moved + sum(self._handed_on[self.like[i - 1]] for i in self.inner if i - 1 in self.gone)
         seconds = sum(p.seconds for p in patterns) + self.outside
         policy = "mixed"
         if all(rank == self.ranks[-1] for rank in ranks):
-            policy = "keep"
+            policy = "mixed" if self.inner else "keep"
         elif not any(ranks):
             policy = "recompute"
         plan = Plan(
@@ -166,11 +219,13 @@ class Deep:
             sum(p.bytes for p in patterns),
             "",
             peak_bytes=timeline.peak,
-            seconds=seconds + waited_for(moved, self.planner.sizes.device.link, halves),
+            seconds=seconds + waited_for(self.planner.sizes.device.link, zip((moved, fetched), halves, strict=True)),
             parts=timeline.parts,
-            words="; ".join(filter(None, (in_words(layers, kept, sorted(self.gone)), self._in_slices))),
+            words="; ".join(
+                filter(None, (in_words(layers, kept, sorted(self.gone), sorted(self.inner)), self._in_slices))
+            ),
             host_bytes=moved,
-            rows=self.planner.rows,
+            rows=self.rows,
         )
         return plan, timeline
 
@@ -193,7 +248,8 @@ class Deep:
         """By ("forward" or "backward", layer or "before", "head", "after"): its stretch under a plan of one rank."""
         count = len(planner.layers)
         _, timeline = planner.price(planner.assembled([rank] * count))
-        self.outside = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
+        if not planner.inner:
+            self.outside = planner.again() - sum(choice[rank].seconds for choice in planner.choices)
         places, operations = planner.places(), planner.liveness.last_walk.operations
         bytes_of = [choice[rank].bytes for choice in planner.choices]
         before = np.concatenate([[0], np.cumsum(bytes_of)])
@@ -276,63 +332,6 @@ class Deep:
         forward, backward = (parts.get((phase, traced)) for phase in ("forward", "backward"))
         most = [part.most + extra for part, extra in ((forward, 0), (backward, above)) if part is not None]
         return max(most, default=0) - own
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """What the smallest plan needs by the tokens of a step: straight lines in them.
-
-    Attributes:
-        lines: with all tokens at once, and in slices. Of each, bytes without host memory, (at no tokens, per token),
-            and the same with the residuals of all layers but the last in host memory.
-        residuals: bytes per token that each of those layers hands on.
-    """
-
-    lines: list[tuple[tuple[float, float], tuple[float, float]]]
-    residuals: list[float]
-
-    @classmethod
-    def through(cls, tokens: tuple[int, int], plans: tuple[Deep, Deep]) -> Floor:
-        """The lines through two points.
-
-        Args:
-            tokens: two different numbers of tokens.
-            plans: of steps of so many.
-        """
-        lines = []
-        for rows in (0, *ROWS):
-            peaks = []
-            for deep in plans:
-                sliced = deep.slicing(rows) if rows else deep
-                if sliced is not None:
-                    other = sliced.offloading(1 << 62) or sliced
-                    peaks.append((sliced.smallest[0].peak_bytes, other.smallest[0].peak_bytes))
-            if len(peaks) == len(plans):
-                both = []
-                for a, b in zip(*peaks, strict=True):
-                    slope = (b - a) / (tokens[1] - tokens[0])
-                    both.append((a - slope * tokens[0], slope))
-                lines.append((both[0], both[1]))
-        return cls(lines, [size / tokens[0] for size in plans[0].residuals])
-
-    def at(self, tokens: int, host: int) -> float:
-        """Peak bytes of a step of so many tokens, with so many bytes of host memory."""
-        there = that_fit((int(size * tokens) for size in self.residuals), host)
-        found = []
-        for lines in self.lines:
-            alone, away = (fixed + slope * tokens for fixed, slope in lines)
-            found.append(alone - max(0.0, alone - away) * len(there) / max(1, len(self.residuals)))
-        return min(found)
-
-    def tokens_within(self, budget: int, host: int) -> int:
-        """The most tokens whose smallest plan is within so many bytes."""
-        low, high = 0, 1
-        while self.at(high, host) <= budget and high < 1 << 40:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.at(middle, host) <= budget else (low, middle)
-        return low
 
 
 def _keys(places: Iterable[int | None], turn: int) -> list[tuple[str, Any]]:

@@ -10,8 +10,8 @@ computed just before, and by then it is under way: the fetch before it had it st
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection
-from typing import Any
 
 from torch import fx
 
@@ -65,13 +65,19 @@ def _view_of(graph: fx.Graph, source: fx.Node, old: fx.Node, new: fx.Node) -> fx
 
 
 def by_way_of_host(
-    forward: fx.GraphModule, backward: fx.GraphModule, names: Collection[str], num_fwd_outputs: int
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    names: Collection[str],
+    num_fwd_outputs: int,
+    inner: Collection[str] = (),
 ) -> None:
     """Have values that forward saves wait for backward in host memory; both graphs change in place.
 
     Args:
         names: of the values, which are outputs of forward and inputs of backward under one name.
         num_fwd_outputs: how many of forward's outputs are the model's own.
+        inner: names of residuals that backward computes again. What they are computed from is read before and after,
+            and fetched for each.
     """
     (output,) = forward.graph.find_nodes(op="output")
     outputs = list(output.args[0])
@@ -81,25 +87,28 @@ def by_way_of_host(
                 outputs[i] = _call(forward.graph, offload, value)
     output.args = (tuple(outputs) if isinstance(output.args[0], tuple) else outputs,)
     forward.recompile()
-    _fetch_before_use(backward.graph, [n for n in backward.graph.find_nodes(op="placeholder") if n.name in names])
+    waiting = [n for n in backward.graph.find_nodes(op="placeholder") if n.name in names]
+    _fetch_before_use(backward.graph, waiting, inner)
     backward.recompile()
 
 
-def _fetch_before_use(graph: fx.Graph, waiting: list[fx.Node]) -> None:
+def _fetch_before_use(graph: fx.Graph, waiting: list[fx.Node], inner: Collection[str]) -> None:
     order = {n: i for i, n in enumerate(graph.nodes)}
-    first = {n: min(n.users, key=order.__getitem__) for n in waiting if n.users}
-    read = sorted(first, key=lambda n: order[first[n]])
-    for host, ahead in zip(read, [*read[1:], None], strict=True):
-        after = _just_before(first[host], order)
-        on_device = host.meta["val"]
-        host.meta = {**host.meta, "val": offload.fake(on_device)}  # type: ignore[misc]
-        with graph.inserting_before(first[host]):
-            fetched = _call(graph, fetch, after, host, ahead)
-        fetched.meta["val"] = on_device
-        host.replace_all_uses_with(fetched, lambda user, new=fetched: user is not new and user.target is not _FETCH)
-
-
-_FETCH: Any = fetch.launch[fetch.overload]
+    ends = [i for n, i in order.items() if n.name in inner]
+    turns: dict[tuple[fx.Node, int], list[fx.Node]] = {}
+    for host in waiting:
+        for user in sorted(host.users, key=order.__getitem__):
+            turns.setdefault((host, bisect_left(ends, order[user])), []).append(user)
+    read = sorted(turns.items(), key=lambda turn: order[turn[1][0]])
+    on_device = {host: host.meta["val"] for host in waiting}
+    for host in waiting:
+        host.meta = {**host.meta, "val": offload.fake(on_device[host])}  # type: ignore[misc]
+    for ((host, _), users), following in zip(read, [*read[1:], None], strict=True):
+        after = _just_before(users[0], order)
+        with graph.inserting_before(users[0]):
+            fetched = _call(graph, fetch, after, host, following and following[0][0])
+        fetched.meta["val"] = on_device[host]
+        host.replace_all_uses_with(fetched, lambda user, users=users: user in users)
 
 
 def _just_before(node: fx.Node, order: dict[fx.Node, int]) -> fx.Node:

@@ -87,6 +87,7 @@ class Slicing:
         self.wide: dict[tuple[str, int], frozenset[fx.Node]] = {}
         self.members: dict[tuple[str, tuple[str, int]], frozenset[fx.Node]] = {}
         self.reasons: dict[tuple[str, int], str] = {}
+        self.copy_of = {node: copy for copy, node in joint.copies.items()}
         self._links: dict[tuple[fx.Node, fx.Node], str | None] = {}
 
     def share(self, rows: int) -> float:
@@ -144,14 +145,21 @@ class Slicing:
 
     def _stretches(self, kind: str, graph: _Order) -> list[Stretch]:
         found = []
-        for layer, values in self.wide.items():
-            key = (kind, layer)
-            if key not in self.members:
-                self.members[key] = frozenset(self._grown(graph, values, layer))
-            operations = [op for op in self.members[key] if op in graph.place]
-            if operations and (stretch := self._stretch(graph, layer, operations)) is not None:
-                found.append(stretch)
+        for layer, widest in self.wide.items():
+            for turn, values in self._turns(kind, widest):
+                key = (turn, layer)
+                if key not in self.members:
+                    self.members[key] = frozenset(self._grown(graph, values, layer))
+                operations = [op for op in self.members[key] if op in graph.place]
+                if operations and (stretch := self._stretch(graph, layer, operations)) is not None:
+                    found.append(stretch)
         return found
+
+    def _turns(self, kind: str, widest: Collection[fx.Node]) -> list[tuple[str, Collection[fx.Node]]]:
+        """A layer's widest values, for each time that a half makes them: backward does so twice where it has copies."""
+        if kind != "backward" or not any(v in self.copy_of for v in widest):
+            return [(kind, widest)]
+        return [("early", widest), (kind, [self.copy_of.get(v, v) for v in widest])]
 
     def _grown(self, graph: _Order, values: Collection[fx.Node], layer: tuple[str, int]) -> set[fx.Node]:
         seeds = {op for v in values for op in (maker(v), *graph.readers.get(v, ())) if op in graph.place}

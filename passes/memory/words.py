@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from torch import fx
 
@@ -15,6 +16,8 @@ from .patterns import Layer
 from .timeline import Timeline
 
 GIB = 1 << 30
+EVERY_SECOND = 4
+"""More numbers than these are not listed one by one where they are every second one."""
 
 
 class BudgetError(ValueError):
@@ -26,17 +29,25 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Sequence[int] = ()) -> str:
+def in_words(
+    layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]], away: Sequence[int] = (), inner: Sequence[int] = ()
+) -> str:
     """What the repeated layers keep: ``mlp.gate_proj.y1 kept in 12 of 32 layers (20–31); the rest kept``.
 
     Args:
         kept: per layer what it keeps. Values that fewer than half of the layers have are left out.
         away: the layers whose residual, what they hand on to the next one, waits in host memory.
+        inner: the layers whose residual is computed again, from the one before, which so spans two layers.
     """
-    told = _in_words(layers, kept)
-    if not away:
-        return told
-    return "; ".join(filter(None, (told, f"offload residuals of {len(away)} of {len(layers)} layers ({_spans(away)})")))
+    told = [_in_words(layers, kept)]
+    if away:
+        told.append(f"offload residuals of {len(away)} of {len(layers)} layers ({_spans(away)})")
+    if inner:
+        told.append(
+            f"compute residuals of {len(inner)} of {len(layers)} layers ({_spans(inner)}) again, each from the one "
+            "before, which spans two layers"
+        )
+    return "; ".join(filter(None, told))
 
 
 def _in_words(layers: Sequence[Layer], kept: Sequence[Collection[fx.Node]]) -> str:
@@ -115,6 +126,9 @@ def _label(value: fx.Node, layer: Layer) -> str:
 
 
 def _spans(numbers: Sequence[int]) -> str:
+    """``0–3, 7``, and ``1, 3, … 9`` for every second one."""
+    if len(numbers) > EVERY_SECOND and all(b - a == 2 for a, b in pairwise(numbers)):
+        return f"{numbers[0]}, {numbers[1]}, … {numbers[-1]}"
     spans: list[list[int]] = []
     for n in numbers:
         if spans and n == spans[-1][-1] + 1:

@@ -12,7 +12,7 @@ from unsloth.passes.memory.plan import Plan, Tag
 PLAN = Plan(
     "mixed", {"y": Tag.KEEP, "z": Tag.OFFLOAD, "w": Tag.RECOMPUTE}, 12, "it fits", peak_bytes=99, seconds=0.5,
     parts={"weights": 9}, words="all", host_bytes=7, note="short", tokens=96, limit=128, rows=2048,
-    stretches=((("a", "b"), ("c",)), (("d",),)),
+    stretches=((("a", "b"), ("c",)), (("d",),)), inner=("w",),
 )  # fmt: skip
 
 
