@@ -63,7 +63,7 @@ def add_lora(
     if targets in linear_layers(model):
         targets = [str(targets)]  # PEFT takes a string for an expression on the whole name
     _check_targets(model, targets)
-    if isinstance(model, PreTrainedModel) and model.is_gradient_checkpointing:
+    if isinstance(model, PreTrainedModel) and is_checkpointing(model):
         # Its hook on the embedding, which PEFT would add again, breaks the graph; recomputing is the planner's.
         model.gradient_checkpointing_disable()
         model.disable_input_require_grads()
@@ -80,9 +80,19 @@ def add_lora(
                 target_modules=targets,
                 **settings,
             )
-            return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)  # pyright: ignore
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "`is_gradient_checkpointing`", FutureWarning
+                )  # PEFT still asks for it
+                return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)  # pyright: ignore
         except ValueError as error:
             raise ModelError(f"PEFT refuses: {str(error).splitlines()[0]}") from error
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing is on, by whichever of its two names the installed transformers knows."""
+    newer = getattr(model, "is_activation_checkpointing", None)  # since 5.2x, which deprecates the other
+    return model.is_gradient_checkpointing if newer is None else newer
 
 
 def with_lora(model: nn.Module, *, rank: int = 16, dropout: float = 0.0, seed: int = 0) -> nn.Module:

@@ -30,6 +30,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of, sizes_in_graph
 from ..kernels import offload
+from ..models.adapters import is_checkpointing
 from .image_shapes import ImageShapes
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
@@ -393,14 +394,9 @@ def leave_recomputation_to_the_planner(model: Any) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") in _REQUIRE_GRAD_HOOKS:
                 del module._forward_hooks[key]
-        if isinstance(module, PreTrainedModel) and _is_checkpointing(module):
+        if isinstance(module, PreTrainedModel) and is_checkpointing(module):
             module.gradient_checkpointing_disable()
             logger.info("gradient checkpointing is left to the memory planner; memory_budget bounds the peak")
-
-
-def _is_checkpointing(model: PreTrainedModel) -> bool:
-    newer = getattr(model, "is_activation_checkpointing", None)  # since transformers 5.2x, which deprecates the other
-    return model.is_gradient_checkpointing if newer is None else newer
 
 
 def _graph_breaks() -> int:

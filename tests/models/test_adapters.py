@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from unsloth.models import presets
-from unsloth.models.adapters import ModelError, add_lora, linear_layers, with_lora
+from unsloth.models.adapters import ModelError, add_lora, is_checkpointing, linear_layers, with_lora
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -87,7 +89,7 @@ def test_checkpointing_leaves_no_hook_on_the_embedding():
     assert model.get_input_embeddings()._forward_hooks
     adapted = add_lora(model, rank=4)
     assert not model.get_input_embeddings()._forward_hooks
-    assert not model.is_gradient_checkpointing
+    assert not is_checkpointing(model)
     assert not any(module._forward_hooks for module in adapted.modules())
 
 
@@ -107,3 +109,11 @@ def test_with_lora_starts_random():
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 7 * 2
     assert all("lora_" in name and p.any() for name, p in trained.items())
+
+
+def test_nobody_is_told_of_an_older_name() -> None:
+    model = presets.build("tiny-llama")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        add_lora(model, rank=4)
+        assert not is_checkpointing(model)
