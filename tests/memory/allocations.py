@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.memory.llama import cut_by
 from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.joint import Joint
 from unsloth.passes.memory.partition import Partitioner
@@ -68,7 +68,7 @@ def peaks(model: nn.Module, partitioner: Watching, *args: Tensor) -> tuple[int, 
     standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *args)}
     seen = Allocations(standing)
 
-    def compiler(gm: fx.GraphModule, _: Any) -> Any:
+    def watched(gm: fx.GraphModule) -> Any:
         def run(args: list[Any]) -> Any:
             interpreter = fx.Interpreter(gm)
             with seen:
@@ -77,14 +77,8 @@ def peaks(model: nn.Module, partitioner: Watching, *args: Tensor) -> tuple[int, 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    def backend(gm: fx.GraphModule, xs: Any) -> Any:
-        return aot_module_simplified(
-            gm, xs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partitioner,
-            keep_inference_input_mutations=True,
-        )  # fmt: skip
-
     torch._dynamo.reset()
-    torch.compile(model, backend=backend)(*args)[0].backward()
+    torch.compile(model, backend=cut_by(partitioner, run=watched))(*args)[0].backward()
     assert partitioner.planner is not None and partitioner.last_plan is not None
     plan, planner = partitioner.last_plan, partitioner.planner
     timeline = planner.liveness.timeline((planner.by_name[name] for name in plan.saved), (), plan.rows)

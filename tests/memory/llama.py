@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import cross_entropy, dropout, linear, scaled_dot_product_attention
 
 from unsloth.kernels.glu import swiglu
@@ -64,16 +67,23 @@ def ids(batch: int = 2, length: int = 9) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def cut_by(partition: Callable[..., Any], seen: dict[str, fx.GraphModule] | None = None) -> Callable[..., Any]:
-    """A Dynamo backend that cuts the joint graph by ``partition`` and runs both halves as they are."""
+def as_it_is(gm: fx.GraphModule) -> Callable[..., Any]:
+    """A half that runs its operators one by one."""
+    return make_boxed_func(gm.forward)
+
+
+def cut_by(
+    partition: Callable[..., Any],
+    seen: dict[str, fx.GraphModule] | None = None,
+    run: Callable[[fx.GraphModule], Callable[..., Any]] = as_it_is,
+) -> Callable[..., Any]:
+    """A Dynamo backend that cuts the joint graph by ``partition``; ``run`` makes a boxed function of each half."""
 
     def compiler(kind: str) -> Callable[..., Any]:
         def keep(gm: fx.GraphModule, _: Any) -> Any:
             if seen is not None:
                 seen[kind] = gm
-            from functorch.compile import make_boxed_func
-
-            return make_boxed_func(gm.forward)
+            return run(gm)
 
         return keep
 
@@ -109,3 +119,24 @@ def assert_same(ours: tuple[float, dict[str, Tensor]], expected: tuple[float, di
     for name, gradient in expected[1].items():
         assert gradient.norm() > 0, name
         assert (ours[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def assert_same_bits(ours: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
+    assert ours[0] == expected[0] and ours[1].keys() == expected[1].keys() and expected[1]
+    for name, gradient in expected[1].items():
+        assert gradient.norm() > 0 and torch.equal(ours[1][name], gradient), name
+
+
+def code_of_inductor(
+    model: nn.Module, partitioner: Partitioner, tokens: Tensor
+) -> tuple[tuple[float, dict[str, Tensor]], list[str]]:
+    """Loss and gradients of a step whose halves Inductor compiles anew, and their code. Each operator rounds."""
+
+    def step() -> tuple[float, dict[str, Tensor]]:
+        torch._dynamo.reset()
+        patches = {"custom_partitioner_fn": partitioner, "emulate_precision_casts": True}
+        compiled = torch.compile(model, backend=lambda gm, xs: compile_fx(gm, xs, config_patches=patches))
+        return gradients(compiled, model, tokens)
+
+    with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
+        return run_and_get_code(step)

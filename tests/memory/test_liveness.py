@@ -8,14 +8,10 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_module_simplified
 from torch.utils import _pytree as pytree
 
-from tests.memory.llama import Model, ids
-from unsloth.passes.memory.costs import Sizes
-from unsloth.passes.memory.joint import Joint
-from unsloth.passes.memory.partition import Partitioner
-from unsloth.passes.memory.planner import Planner
+from tests.memory.allocations import Watching
+from tests.memory.llama import Model, cut_by, ids
 
 
 class Counting(fx.Interpreter):
@@ -34,22 +30,12 @@ class Counting(fx.Interpreter):
         return result
 
 
-class Watching(Partitioner):
-    """Plans without modelling fusion, as the interpreter fuses nothing."""
-
-    planner: Planner | None = None
-
-    def choose(self, joint: Joint, gradients: Any) -> Any:
-        self.planner = Planner(joint, gradients, Sizes(), fused=False)
-        return super().choose(joint, gradients)
-
-
 def peaks(model: nn.Module, budget: int | None, policy: str, *args: Tensor) -> tuple[int, int]:
     """Predicted and counted bytes at the worst moment, without what is there all the time."""
     partitioner, counted = Watching(budget, policy, strict=True), [0]
     standing = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *args)}
 
-    def compiler(gm: fx.GraphModule, _: Any) -> Any:
+    def counting(gm: fx.GraphModule) -> Any:
         def run(*given: Any) -> Any:
             interpreter = Counting(gm, standing)
             result = interpreter.run(*given)
@@ -58,14 +44,8 @@ def peaks(model: nn.Module, budget: int | None, policy: str, *args: Tensor) -> t
 
         return make_boxed_func(run)
 
-    def backend(gm: fx.GraphModule, xs: Any) -> Any:
-        return aot_module_simplified(
-            gm, xs, fw_compiler=compiler, bw_compiler=compiler, partition_fn=partitioner,
-            keep_inference_input_mutations=True,
-        )  # fmt: skip
-
     torch._dynamo.reset()
-    torch.compile(model, backend=backend)(*args)[0].backward()
+    torch.compile(model, backend=cut_by(partitioner, run=counting))(*args)[0].backward()
     assert partitioner.planner is not None and partitioner.last_plan is not None
     planner = partitioner.planner
     timeline = planner.liveness.timeline(planner.by_name[name] for name in partitioner.last_plan.kept)

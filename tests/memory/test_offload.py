@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.utils import run_and_get_code
 
-from tests.memory.llama import Model, cut_by, gradients, ids
+from tests.memory.llama import Model, assert_same_bits, code_of_inductor, cut_by, gradients, ids
 from unsloth.kernels.pinned import whole_pages
 from unsloth.passes.memory.costs import Sizes
 from unsloth.passes.memory.partition import Partitioner
@@ -48,12 +46,6 @@ def run(model: Model, partitioner: Partitioner, seen: dict[str, Any] | None = No
     found = gradients(torch.compile(model, backend=cut_by(partitioner, seen)), model, ids(length=LENGTH))
     assert partitioner.last_plan is not None and partitioner.last_timeline is not None
     return found, partitioner.last_plan, partitioner.last_timeline
-
-
-def assert_same_bits(ours: Any, expected: Any) -> None:
-    assert ours[0] == expected[0] and ours[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert gradient.norm() > 0 and torch.equal(ours[1][name], gradient), name
 
 
 def test_a_budget_below_the_floor_of_recomputing_is_met_with_the_same_numbers() -> None:
@@ -108,15 +100,7 @@ def test_the_link_is_waited_for_where_arithmetic_does_not_hide_it() -> None:
 def test_inductor_leaves_the_copies_where_they_were_put() -> None:
     """A value leaves right after it is made; it is fetched in its layer's turn, not at backward's start."""
     model = Model(layers=4)
-
-    def through(partitioner: Partitioner) -> Any:
-        torch._dynamo.reset()
-        patches = {"custom_partitioner_fn": partitioner, "emulate_precision_casts": True}
-        compiled = torch.compile(model, backend=lambda gm, xs: compile_fx(gm, xs, config_patches=patches))
-        return gradients(compiled, model, ids(length=LENGTH))
-
-    with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
-        (loss, found), (forward, backward) = run_and_get_code(lambda: through(Away(host=1 << 30)))
+    (loss, found), (forward, backward) = code_of_inductor(model, Away(host=1 << 30), ids(length=LENGTH))
     eager_loss, expected = gradients(model, model, ids(length=LENGTH))
     # One unit at most: the bits of a product depend on the processor.
     assert math.isclose(loss, eager_loss, rel_tol=torch.finfo(torch.float32).eps)

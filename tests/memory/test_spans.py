@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.utils import run_and_get_code
 
 from tests.memory.allocations import Watching, peaks
-from tests.memory.llama import Layer, Model, cut_by, gradients, ids
+from tests.memory.llama import Layer, Model, assert_same_bits, code_of_inductor, cut_by, gradients, ids
 from tests.qlora import batch, qlora
 from unsloth.compiler.capture import retrace
 from unsloth.kernels.pinned import whole_pages
@@ -66,12 +65,6 @@ def run(model: nn.Module, partitioner: Partitioner, *, dynamic: bool | None = No
     found = [gradients(compiled, model, ids(length=length)) for length in lengths]
     assert partitioner.last_plan is not None
     return found, partitioner.last_plan, halves
-
-
-def assert_same_bits(ours: Any, expected: Any) -> None:
-    assert ours[0] == expected[0] and ours[1].keys() == expected[1].keys() and expected[1]
-    for name, gradient in expected[1].items():
-        assert gradient.norm() > 0 and torch.equal(ours[1][name], gradient), name
 
 
 def calls(half: fx.GraphModule, name: str) -> int:
@@ -162,16 +155,7 @@ def test_what_waits_in_host_memory_comes_back_for_each_turn() -> None:
 
 def test_inductor_runs_a_layer_in_both_its_turns() -> None:
     """Neither becomes the other's, and the second is not moved to the first."""
-    model = Model(layers=5)
-
-    def through(partitioner: Partitioner) -> Any:
-        torch._dynamo.reset()
-        patches = {"custom_partitioner_fn": partitioner, "emulate_precision_casts": True}
-        compiled = torch.compile(model, backend=lambda gm, xs: compile_fx(gm, xs, config_patches=patches))
-        return gradients(compiled, model, ids(length=LENGTH))
-
-    with torch._inductor.config.patch(force_disable_caches=True):  # type: ignore[attr-defined]
-        _, (_, backward) = run_and_get_code(lambda: through(Spanning(host=0)))
+    _, (_, backward) = code_of_inductor(Model(layers=5), Spanning(host=0), ids(length=LENGTH))
     found = re.findall(
         r"= torch\.ops\.aten\._scaled_dot_product_flash_attention_for_cpu(_backward)?\.default\(", backward
     )
