@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 
-from tests.memory.llama import Model, cut_by, gradients, ids
+from tests.memory.llama import Model, assert_same_bits, cut_by, gradients, ids
 from unsloth.passes.memory.partition import Partitioner
 
 LENGTH = 96
@@ -35,12 +34,6 @@ def _budgets(model: Model) -> list[int | None]:
     return [None, least + (most - least) * 2 // 3, least + (most - least) // 3, 0]
 
 
-def _assert_same_bits(ours: tuple[float, dict[str, Tensor]], first: tuple[float, dict[str, Tensor]]) -> None:
-    assert ours[0] == first[0] and ours[1].keys() == first[1].keys()
-    for name, gradient in first[1].items():
-        assert gradient.norm() > 0 and torch.equal(ours[1][name], gradient), name
-
-
 def test_graphs_run_as_they_are() -> None:
     model = Model(layers=4)
     results, plans = [], []
@@ -54,7 +47,7 @@ def test_graphs_run_as_they_are() -> None:
     assert len({tuple(p.kept) for p in plans}) == 4  # four plans, not one
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     for result in results[1:]:
-        _assert_same_bits(result, results[0])
+        assert_same_bits(result, results[0])
 
 
 def test_through_inductor_with_dropout() -> None:
@@ -66,4 +59,4 @@ def test_through_inductor_with_dropout() -> None:
         patches = {"custom_partitioner_fn": partitioner, "emulate_precision_casts": True}
         run = torch.compile(model, backend=lambda gm, xs, p=patches: compile_fx(gm, xs, config_patches=p))
         results.append(gradients(run, model, ids(length=LENGTH)))
-    _assert_same_bits(results[1], results[0])
+    assert_same_bits(results[1], results[0])
