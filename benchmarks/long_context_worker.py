@@ -147,7 +147,8 @@ def measure(step: Step) -> dict[str, Any]:
     loading = now() - started
     tell(f"weights made in {loading:.1f} s")
     weights = torch.cuda.max_memory_allocated() if cuda else 0
-    options = {"logits": "drop", "memory_budget": step.budget, "host_memory_budget": step.host}
+    # A step that could not be planned would run for minutes into the end of the card's memory.
+    options = {"logits": "drop", "memory_budget": step.budget, "host_memory_budget": step.host, "strict": True}
     run = compiled(model, Options.parse(options), reports)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=cuda)

@@ -110,7 +110,7 @@ def measure(name: str, args: argparse.Namespace, path: Path, turns: str | None =
     """Measure one system in a process of its own; whatever happens to it becomes a row."""
     system, options = parse_system(name)
     peer = system in PEERS
-    profile = f"{path.with_suffix('')}-{re.sub(r'[:=+]', '-', name)}.txt" if args.profile else None
+    profile = f"{path.resolve().with_suffix('')}-{re.sub(r'[:=+]', '-', name)}.txt" if args.profile else None
     work = {"system": system, "options": options, **{n: getattr(args, n) for n in WORKLOAD}, "profile": profile}
     work["turns"] = turns
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}

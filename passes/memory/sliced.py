@@ -80,6 +80,7 @@ class _Body:
             if node in self.inside:
                 self._copy(node)
         self.graph.output(tuple(self.env[n] for n in self.outputs))
+        _inputs_first(self.graph)
         merge_norms(self.graph)
         fuse_adapter_gradients(self.graph)
         self.graph.eliminate_dead_code()
@@ -114,6 +115,13 @@ class _Body:
         self.env[node] = new = self.graph.placeholder(node.name)
         new.meta = dict(node.meta)
         self.given[new.name] = node
+
+
+def _inputs_first(graph: fx.Graph) -> None:
+    """Let an operator that is rewritten read any of them: what its last neighbour reads, say; in place."""
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for node in graph.find_nodes(op="placeholder"):
+        first.prepend(node)
 
 
 def base_of(node: fx.Node) -> fx.Node:

@@ -19,6 +19,8 @@ from unsloth.kernels.lora_linears import LORA_LINEARS
 from unsloth.kernels.rms_norm import rms_norm
 from unsloth.passes.memory import partition
 from unsloth.passes.memory.adapters import fuse_adapter_gradients
+from unsloth.passes.memory.rowwise import Tokens
+from unsloth.passes.memory.sliced import _Body
 
 WANTED = [True, False, False, True, True]
 
@@ -113,6 +115,18 @@ def test_a_gated_mlp_is_cut(act: Any, others: tuple) -> None:
     backward.rstd.meta["val"].copy_(rstd)  # what forward saved
     for value, truth in zip(backward.values()[1:], expected[1:], strict=True):
         assert value.norm() > 0 and (value - truth).norm() <= 0.02 * truth.norm()
+
+
+def test_a_stretch_is_cut_that_reads_a_saved_statistic_late() -> None:
+    """As a graph of its own, which it becomes to run in slices, it has inputs in the order in which they are met."""
+    backward = Backward()
+    *results, _ = backward.whole()
+    backward.graph.output(tuple(results))
+    calls = [n for n in backward.graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+    body = _Body(calls, Tokens(1, 6), {})
+    assert len(body.graph.find_nodes(op="call_function", target=glu_lora_backward.overload)) == 1
+    kinds = [n.op == "placeholder" for n in body.graph.nodes]
+    assert kinds == sorted(kinds, reverse=True) and set(body.given.values()) >= {backward.rstd}
 
 
 def test_h_stays_for_what_else_reads_it() -> None:

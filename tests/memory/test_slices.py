@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from tests.memory.allocations import Watching, peaks
 from tests.memory.llama import Layer, Model, assert_same, cut_by, gradients, ids
-from tests.qlora import adapter_gradients, batch, qlora
+from tests.qlora import adapter_gradients, batch, in_float64, qlora
 from unsloth.compiler.capture import retrace
 from unsloth.kernels.glu import swiglu
 from unsloth.kernels.rms_norm import rms_norm
@@ -50,6 +50,11 @@ def calls(half: fx.GraphModule) -> int:
     return len(half.graph.find_nodes(op="call_function", target=SLICES))
 
 
+def recognised(cut: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend that recognises before it cuts."""
+    return lambda gm, xs: cut(run_passes(retrace(gm), RECOGNISERS, strict=True)[0], xs)
+
+
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
@@ -66,9 +71,6 @@ def test_gradients_equal_eager(p: float, dynamic: bool) -> None:
 
 
 def test_adapters_over_packed_weights() -> None:
-    def recognised(cut: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda gm, xs: cut(run_passes(retrace(gm), RECOGNISERS, strict=True)[0], xs)
-
     sizes = {"intermediate_size": 256, "max_position_embeddings": 256}
     model = qlora(**sizes)
     run, partitioner, halves = sliced(model, backend=recognised)
@@ -81,6 +83,19 @@ def test_adapters_over_packed_weights() -> None:
         assert once.count("nf4_dequantize") >= 3 and "nf4_dequantize" not in each  # unpacked once, for all slices
         assert "unsloth_launch::" in each and "lora" in each
     assert not any("swiglu" in str(n.target) for half in halves.values() for n in half.graph.nodes)
+
+
+def test_adapters_backward_in_pieces() -> None:
+    """In bfloat16, where backward of adapted layers is cut, and takes what forward's norm saved."""
+    sizes = {"intermediate_size": 256, "max_position_embeddings": 256}
+    model = qlora(torch.bfloat16, **sizes)
+    run, partitioner, halves = sliced(model, backend=recognised)
+    truth = in_float64(model, **sizes)
+    ours, eager, exact = (adapter_gradients(f, m, batch(150)) for f, m in ((run, model), (model, model), (truth, truth)))
+    error, bar = (sum((g[n].double() - e).norm() ** 2 for n, e in exact.items()) ** 0.5 for g in (ours, eager))
+    assert partitioner.last_plan.rows == ROWS and error <= 1.1 * bar
+    programs = [n.args[3] for n in halves["backward"].graph.find_nodes(op="call_function", target=SLICES)]
+    assert len(programs) == 2 and all("glu_lora_backward" in program for program in programs)
 
 
 def test_through_inductor_with_several_lengths() -> None:
