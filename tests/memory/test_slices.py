@@ -91,7 +91,9 @@ def test_adapters_backward_in_pieces() -> None:
     model = qlora(torch.bfloat16, **sizes)
     run, partitioner, halves = sliced(model, backend=recognised)
     truth = in_float64(model, **sizes)
-    ours, eager, exact = (adapter_gradients(f, m, batch(150)) for f, m in ((run, model), (model, model), (truth, truth)))
+    ours, eager, exact = (
+        adapter_gradients(f, m, batch(150)) for f, m in ((run, model), (model, model), (truth, truth))
+    )
     error, bar = (sum((g[n].double() - e).norm() ** 2 for n, e in exact.items()) ** 0.5 for g in (ours, eager))
     assert partitioner.last_plan.rows == ROWS and error <= 1.1 * bar
     programs = [n.args[3] for n in halves["backward"].graph.find_nodes(op="call_function", target=SLICES)]
