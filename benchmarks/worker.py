@@ -175,9 +175,10 @@ def ours(work: Workload) -> tuple[nn.Module, Forward]:
     if not work.of_images:
         return model, lambda batch: run(**batch).loss
     from unsloth.compiler.run import sizes_in_graph
+    from unsloth.models.adapters import unwrapped
     from unsloth.runtime.image_shapes import ImageShapes
 
-    shapes = ImageShapes(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    shapes = ImageShapes(unwrapped(model))
 
     def forward(batch: dict[str, Any]) -> torch.Tensor:
         with sizes_in_graph():

@@ -21,7 +21,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import DynamicCache
 
+from ..models.adapters import unwrapped
 from . import responses
+from .generation.cache import cache_argument
 from .problems import DataError
 from .token_texts import pieces
 
@@ -206,11 +208,12 @@ def generate(
     """
     device = next(model.parameters()).device
     draws = torch.Generator().manual_seed(manner.seed)
-    cache = DynamicCache()
+    # Newer transformers call `cache` what was `past_key_values`, and warn of the old name.
+    cached = {cache_argument(unwrapped(model)) or "past_key_values": DynamicCache()}
     step = torch.tensor([ids], device=device)
     for _ in range(manner.max_new_tokens):
         with state():
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = model(input_ids=step, **cached, use_cache=True, logits_to_keep=1)
         token = _drawn(output.logits[0, -1].float().cpu(), manner, draws)
         if token in stop:
             return

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compiler.run import compiled, sizes_in_graph
+from ..models.adapters import unwrapped
 from .image_shapes import ImageShapes
 from .images import ImageRules
 from .packed_policy import Packed, pack, packed_policy_step, sharing, unlike
@@ -134,7 +135,7 @@ class GRPOTrainer(PolicyMetrics, Completions, Sturdy, CompiledBody, trl.GRPOTrai
         # How many tokens an image has is part of a graph then, and not a graph for each size.
         models: list[Any] = [self.model, self.ref_model] if self._is_vlm and compile else []
         looking = [m for m in models if m is not None]
-        self._shapes = {id(m): ImageShapes(getattr(m, "get_base_model", lambda m=m: m)()) for m in looking}
+        self._shapes = {id(m): ImageShapes(unwrapped(m)) for m in looking}
         self._probed, self._pads = False, self._padded_because(shared_prompts)
         self._told_of_images = False
         check_prompts(self, self.train_dataset, self._context)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.adapters import unwrapped
 from .policy_batch import IGNORED
 from .policy_loss import PolicyLoss, PolicyOutput, Sampled, policy_loss
 
@@ -48,7 +49,7 @@ class Head(NamedTuple):
 
 def keeps_logits(model: nn.Module) -> bool:
     """Whether a causal language model, adapted or not, takes ``logits_to_keep``."""
-    whole: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    whole = unwrapped(model)
     return "logits_to_keep" in inspect.signature(type(whole).forward).parameters
 
 

@@ -21,6 +21,7 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..kernels import offload
+from ..models.adapters import unwrapped
 from .learning_rates import LearningRates
 from .lengths import token_counts
 from .neftune import Neftune
@@ -92,7 +93,7 @@ class CompiledBody(Neftune, LearningRates, _Base):
                 self._compile(reference, trained=False)
 
     def _compile(self, model: Any, *, trained: bool) -> None:
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole = unwrapped(model)
         body = whole.get_decoder()
         if not trained:
             observe = self._reports.append

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from ..models.adapters import unwrapped
 from ..models.parts import outer_parts
 from .image_rows import is_image_part, own_image
 from .images import ImageRules, header_of, open_image
@@ -182,7 +183,7 @@ def refuse_images(rows: Any, model: Any, processor: Any) -> None:
         return
     load = "FastVisionModel.from_pretrained loads both"
     if isinstance(model, nn.Module):
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        base = unwrapped(model)
         if not outer_parts(base) and "pixel_values" not in inspect.signature(type(base).forward).parameters:
             raise DataError(
                 f"the rows have images in the column {column!r}, and {type(base).__name__} reads texts alone: it takes "

@@ -30,7 +30,7 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of, sizes_in_graph
 from ..kernels import offload
-from ..models.adapters import is_checkpointing
+from ..models.adapters import is_checkpointing, unwrapped
 from .image_shapes import ImageShapes
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts
@@ -194,7 +194,7 @@ class SFTTrainer(Sturdy, Neftune, LearningRates, trl.SFTTrainer):
             logger.warning("packing_strategy='wrapped' lets documents attend to each other; 'bfd' keeps them apart")
         # How many tokens an image has is part of the graph then, and not a graph for each size.
         of_images = isinstance(self.processing_class, ProcessorMixin)
-        self._shapes = ImageShapes(getattr(self.model, "get_base_model", lambda: self.model)()) if of_images else None
+        self._shapes = ImageShapes(unwrapped(self.model)) if of_images else None
         self._lengths_vary = not one_length(self.train_dataset)
         if self.args.pad_to_multiple_of is None and (
             not self._lengths_vary or self.args.per_device_train_batch_size == 1

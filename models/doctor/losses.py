@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import unwrapped
 from .attention import head_of
 from .probe import takes_anything, tokens
 from .rule import ERROR, WARNING, Evidence, rule
-from .subject import Subject, unwrapped
+from .subject import Subject
 
 _TRAINED = (11, 3)
 """Tokens that are trained on in the two micro-batches that the loss is asked about."""

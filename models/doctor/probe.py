@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import unwrapped
 from ..shrink import ORDINARY_TOKENS, ways
-from .subject import unwrapped
 
 SPREAD = 0.5
 """Standard deviation of the tiny model's weights: large enough that scores and caps matter."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters import unwrapped
 from ..gguf_header import read_header
 from ..source import ModelError, Source, explained, locate, missing_weights
 from .tensors import Tensors, of_folder, of_gguf, of_model
@@ -223,7 +224,7 @@ def of_loaded(model: nn.Module, tokenizer: Any = None, *, name: str | None = Non
     Raises:
         ModelError: when it has no configuration of transformers.
     """
-    base: Any = unwrapped(model)
+    base = unwrapped(model)
     if not hasattr(base, "config"):
         raise ModelError(f"{type(base).__name__} has no configuration: doctor takes a model of transformers, or a name")
     generation = getattr(base, "generation_config", None)
@@ -236,12 +237,6 @@ def of_loaded(model: nn.Module, tokenizer: Any = None, *, name: str | None = Non
         model=model,
         attn_implementation=getattr(base.config, "_attn_implementation", None),
     )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that PEFT wraps, or the model."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
 
 
 def written_json(source: Source, name: str = "config.json") -> dict[str, Any]:

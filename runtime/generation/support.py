@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.paged_attention import paged_attention
+from ...models.adapters import unwrapped
 from .cache import NewTokens, cache_argument, decoding
 from .images import Beside, shift_of, together
 from .pages import PAGE, TRASH, Pools, Shape, pages_for
@@ -51,7 +52,7 @@ def base_of(model: nn.Module) -> Any:
     config = getattr(model, "active_peft_config", None)
     if config is not None and (config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None)):
         raise Unsupported(f"its adapters are {config.peft_type.value}, which do more than change layers")
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = unwrapped(model)
     if not hasattr(base, "generate") or not hasattr(base, "config"):
         raise Unsupported(f"{type(base).__name__} is no transformers model that generates")
     return base
