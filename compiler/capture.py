@@ -28,11 +28,12 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
+from torch.fx.experimental.symbolic_shapes import rebind_unbacked
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 from ..passes.runner import MODULE_ATTRIBUTES, copy_source
-from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record
+from ..passes.soundness import LostGradient, assert_keeps_gradients, forget_record, record, shape_env_of
 from .einsum import as_product
 from .mutations import behind_autograd, detached, keep_mutations, mutation, out_of_place
 from .recurring import Copied, Mutated, Recurring, Watched, plain, tensor_of
@@ -185,6 +186,14 @@ class _Interpreter(fx.Interpreter):
 
     def trace_node(self, n: fx.Node) -> Any:
         self.node = n
+        result = self._traced(n)
+        environment = shape_env_of(n.meta.get("example_value")) if n.meta.get("unbacked_bindings") else None
+        if environment is not None:
+            # What is read off the data a second time gets other symbols, and would be something else to every check.
+            rebind_unbacked(environment, n, result)
+        return result
+
+    def _traced(self, n: fx.Node) -> Any:
         if isinstance(n.target, HigherOrderOperator) and n.target not in _PURE:
             self.recurring.mutates(str(n.target))
         parameter = behind_autograd(n)

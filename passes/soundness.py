@@ -121,12 +121,12 @@ class _Running(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.meta.get("unbacked_bindings") and (environment := _shape_env(result)) is not None:
+        if n.meta.get("unbacked_bindings") and (environment := shape_env_of(result)) is not None:
             rebind_unbacked(environment, n, result)
         return result
 
 
-def _shape_env(result: Any) -> Any:
+def shape_env_of(result: Any) -> Any:
     """Where the symbols of a value's sizes are known."""
     for value in pytree.tree_leaves(result):
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -150,7 +150,7 @@ class _Checking(_Running):
 def _outputs(gm: fx.GraphModule, interpreter: type[fx.Interpreter] = _Checking) -> list[Output]:
     """Run a graph on its fake inputs in the ambient grad mode."""
     inputs = _inputs(gm)
-    environment = next((e for e in map(_shape_env, inputs) if e is not None), None)
+    environment = next((e for e in map(shape_env_of, inputs) if e is not None), None)
     # What this run names anew is forgotten; it may not wait for a tracer to bind it.
     unnoticed = nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols()
     with fake_execution(inputs), unnoticed:

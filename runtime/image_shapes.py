@@ -66,6 +66,28 @@ def packed_attention(
     return out.transpose(1, 2), None
 
 
+def state_sizes(owner: nn.Module, _: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """A hook before a model's forward that says how the sizes of what it is given hang together.
+
+    Traced, every such size is a symbol of its own, and a tower that sorts its patches by windows has rows of
+    ``windows * (patches // (patches // 4))``, which every operator of every layer then computes with. Told that
+    patches are four times the index of windows, all of them have ``4 * windows`` rows.
+
+    Raises:
+        RuntimeError: a size is not what the images' patches ask for.
+    """
+    pixels, index = given.get("pixel_values"), given.get("image_window_index")
+    merge = getattr(getattr(owner.config, "vision_config", None), "spatial_merge_size", None)
+    if pixels is None or not isinstance(merge, int):
+        return
+    if index is None:
+        torch._check(pixels.shape[0] % merge**2 == 0)
+    else:
+        torch._check(pixels.shape[0] == merge**2 * index.shape[0])
+    if (positions := given.get("image_position_ids")) is not None:
+        torch._check(positions.shape[0] == pixels.shape[0])
+
+
 class ImageShapes:
     """Prepares batches for one model: ``model(**shapes(batch))`` is ``model(**batch)``, compiled for all sizes at once.
 
@@ -114,6 +136,8 @@ class ImageShapes:
         if not self.checked:
             self.outside = self._agrees(batch, find)
             self.checked = True
+            if self.outside and state_sizes not in self.owner._forward_pre_hooks.values():
+                self.owner.register_forward_pre_hook(state_sizes, with_kwargs=True)
         return find(batch) if self.outside else {}
 
     def _of_sizes(self, batch: Mapping[str, Any]) -> dict[str, Any]:

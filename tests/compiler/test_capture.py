@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.tracing import dynamo_graph, targets, trace
 from unsloth.compiler.capture import CaptureError, retrace
+from unsloth.compiler.run import sizes_in_graph
 from unsloth.passes.rewrite import module_path, source_line
 
 
@@ -65,6 +66,21 @@ def test_two_autograd_functions_keep_their_own_bodies() -> None:
         return (Cube.apply(Cube.apply(linear(x, w), w) * 0.5, w)).sum()
 
     assert_same_step(function, torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True))
+
+
+def test_sizes_in_data_are_the_same_symbols_as_before() -> None:
+    def function(x, lengths):
+        first, second = torch.split(x, lengths.tolist())
+        return first * 2, second * 3, x[x > 0].exp()
+
+    with sizes_in_graph():
+        gm = dynamo_graph(function, torch.randn(5, 3, requires_grad=True), torch.tensor([2, 3]))
+        graph = retrace(gm)
+    before, after = (next(iter(g.graph.find_nodes(op="output"))).args[0] for g in (gm, graph))
+    outputs = zip(before, after, strict=True)
+    sizes = [(old.meta["example_value"].shape[0], new.meta["val"].shape[0]) for old, new in outputs]
+    assert len({old.node.expr for old, _ in sizes}) == len(sizes) == 3
+    assert all(old.node.expr == new.node.expr for old, new in sizes)
 
 
 def test_checkpoint_bodies_are_inlined() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true, sym_eq
 
 from unsloth.kernels.glu import swiglu
 from unsloth.kernels.shapes import once_per_layout
@@ -75,15 +75,45 @@ def test_autocast_is_asked_about_anew() -> None:
     assert fake.asked == 2
 
 
-def test_symbolic_sizes_are_asked_about_every_time() -> None:
-    fake = Counted(double)
+def _symbolic(*shape: int) -> tuple[FakeTensorMode, Tensor]:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    x = mode.from_tensor(torch.empty(7, 3))
-    assert all(isinstance(size, torch.SymInt) for size in x.shape[:1])
+    return mode, mode.from_tensor(torch.empty(shape))
+
+
+def test_symbolic_sizes_are_asked_about_once() -> None:
+    fake = Counted(lambda x: (x + x, x.t() + 1))
+    mode, x = _symbolic(7, 3)
+    assert all(isinstance(size, torch.SymInt) for size in x.shape)
     with mode:
-        for _ in range(2):
-            assert fake.remembered(x).shape[0] == x.shape[0]
+        first, second = fake.remembered(x), fake.remembered(x * 2)
+    assert fake.asked == 1
+    for a, b in zip(first, second, strict=True):
+        assert a is not b and statically_known_true(sym_eq((*a.shape, *a.stride()), (*b.shape, *b.stride())))
+        assert statically_known_true(a.untyped_storage().nbytes() == b.untyped_storage().nbytes())
+        assert [size.node.hint for size in b.shape] == [size.node.hint for size in a.shape]
+    assert not x.fake_mode.shape_env.guards
+
+
+def test_another_symbol_and_another_trace_are_asked_about_anew() -> None:
+    fake = Counted(double)
+    for asked in (2, 4):
+        mode, x = _symbolic(7, 3)  # whose symbols have the same names in each
+        with mode:
+            for y in (x, x.t()):
+                answer = fake.remembered(y)
+                assert answer.fake_mode is mode
+                assert statically_known_true(sym_eq(tuple(answer.shape), tuple(y.shape)))
+                assert answer.shape[0].node.shape_env is mode.shape_env
+        assert fake.asked == asked
+
+
+def test_sizes_read_off_the_data_are_asked_for_every_time() -> None:
+    fake = Counted(lambda x: x.nonzero())
+    mode, x = _symbolic(7, 3)
+    with mode, x.fake_mode.shape_env.ignore_fresh_unbacked_symbols():
+        first, second = fake.remembered(x), fake.remembered(x + 0)
     assert fake.asked == 2
+    assert first.shape[0].node.expr != second.shape[0].node.expr
 
 
 def test_views_of_something_larger_are_asked_for_every_time() -> None:

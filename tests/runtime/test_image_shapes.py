@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from benchmarks import sweep_worker
 from benchmarks.pictures import image_token
@@ -17,7 +19,7 @@ from unsloth.compiler.options import Options
 from unsloth.compiler.report import GraphReport
 from unsloth.compiler.run import compiled, sizes_in_graph
 from unsloth.passes.recognise.attention import Attention
-from unsloth.runtime.image_shapes import PACKED, ImageShapes, packed_attention
+from unsloth.runtime.image_shapes import PACKED, ImageShapes, packed_attention, state_sizes
 
 BATCHES, GRAPHS, ROWS = 50, 4, 2
 COMPARED = 10
@@ -90,6 +92,31 @@ def test_random_sizes_share_few_graphs(name: str, make: Any) -> None:
     variants = [s.detail for report in reports for s in report.rewritten if s.operator == "attention"]
     if name in ("qwen2_5_vl", "paddleocr_vl"):
         assert len(reports) == 1 and sum(variant == "documents" for variant in variants) == 2  # both of its towers'
+
+
+def test_sizes_of_a_tower_of_windows_are_multiples_of_symbols() -> None:
+    """Where nobody says how many patches belong to an index of windows they are quotients of quotients."""
+    model, *_ = sweep_worker.runnable("qwen2_5_vl", "vision")
+    shapes = ImageShapes(model)
+    sizes: set[Any] = set()
+
+    def backend(gm: Any, _: Any) -> Any:
+        values = pytree.tree_leaves([n.meta.get("example_value") for n in gm.graph.nodes])
+        found = [size for v in values if isinstance(v, Tensor) for size in v.shape]
+        sizes.update(size.node.expr for size in found if isinstance(size, torch.SymInt))
+        return gm.forward
+
+    with sizes_in_graph():
+        torch.compile(model, backend=backend)(**shapes(_patches(model, 0)))
+    assert sizes and not any(size.has(FloorDiv) for size in sizes)
+
+
+def test_patches_that_are_not_the_grids_are_refused() -> None:
+    model, *_ = sweep_worker.runnable("qwen2_5_vl", "vision")
+    batch = ImageShapes(model)(_patches(model, 0))
+    for name in ("image_position_ids", "image_window_index"):
+        with pytest.raises(RuntimeError):
+            state_sizes(model.model, (), {**batch, name: batch[name][1:]})
 
 
 def test_tiles_of_one_size_are_one_graph() -> None:
