@@ -11,12 +11,17 @@ Host time of a call beside an H100 (torch 2.11, Triton 3.6), before: low-rank pr
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
+import triton
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 P = ParamSpec("P")
@@ -49,7 +54,16 @@ def by_layout(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
+    if type(x) is FakeTensor:
+        return x.shape, x.stride(), x.dtype, -1 if x.device.index is None else x.device.index, address(x) & 15
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
+def address(x: Tensor) -> int:
+    """Of the first element; of a fake tensor one that tells whether two are the same memory, and is as aligned."""
+    if type(x) is FakeTensor:
+        return (x.untyped_storage()._cdata << 8) + x.storage_offset() * x.element_size()
+    return x.data_ptr()
 
 
 class Fresh(NamedTuple):
@@ -88,6 +102,60 @@ class _Descriptor:
     def __init__(self, base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         self.base, self.shape, self.strides = base, shape, strides
         self.padding, self.round_f32_to_tf32 = "zero", False
+
+
+class Pending:
+    """A kernel that a launch will want, compiled by somebody else beforehand."""
+
+    def __init__(self, warm_up: Callable[[], Any], device: torch.device) -> None:
+        self._warm_up, self._device = warm_up, device
+        self._compiled: Future[None] | None = None
+
+    def start(self, pool: Executor) -> None:
+        """Have the pool compile it."""
+        self._compiled = pool.submit(self.compile)
+
+    def compile(self) -> None:
+        """Compile it, and where its tensors' device is there, load it, and build what launches it (by a C compiler)."""
+        if not torch.cuda.is_available():
+            self._warm_up()
+            return
+        with torch.cuda.device(self._device):
+            self._warm_up()[1, 1, 1]
+
+    def wait(self) -> None:
+        """Until it is compiled, or has failed: the launch then finds out for itself why."""
+        if self._compiled is not None:
+            self._compiled.exception()
+
+
+_pending: dict[Any, Pending] = {}
+"""What is, or has been, compiled beforehand in this process, by what Triton tells kernels apart by."""
+_collected: dict[Any, Pending] | None = None
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[dict[Any, Pending]]:
+    """Launches with fake tensors inside only say which kernels they want; those that nobody compiles yet are given."""
+    global _collected
+    _collected = {}
+    try:
+        yield _collected
+    finally:
+        _pending.update(_collected)
+        _collected = None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, which compiles nothing."""
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _as_specialised(x: Any) -> Any:
+    """What Triton compiles anew for, of a number: whether it is 1, and whether it is a multiple of 16."""
+    if isinstance(x, tuple):
+        return tuple(map(_as_specialised, x))
+    return ("int", x == 1, x % 16 == 0, abs(x) >> 31 != 0) if type(x) is int else type(x)
 
 
 class Launch:
@@ -139,7 +207,7 @@ class Launch:
             for r in self._results
         ]
         if self._programs:
-            if self._run is None:
+            if self._run is None or _collected is not None:
                 self._first((*inputs, *results))
             elif self._tiles:
                 self._run(*self._described((*inputs, *results)), *self._rest)
@@ -149,6 +217,11 @@ class Launch:
 
     def _first(self, tensors: Sequence[Tensor | None]) -> None:
         """Launch by Triton, which compiles, and remember what it compiled (the interpreter compiles nothing)."""
+        if any(type(x) is FakeTensor for x in tensors):
+            self._want(tensors)
+            return
+        if _pending and (pending := _pending.get(self._key(tensors))) is not None:
+            pending.wait()
         given: Sequence[Any] = tensors
         if self._tiles:
             given = [
@@ -161,6 +234,31 @@ class Launch:
             constants = (self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
             self._rest = *self._scalars, *constants
             self._run = compiled[(self._programs, 1, 1)]
+
+    def _want(self, tensors: Sequence[Tensor | None]) -> None:
+        """Say which kernel these fake tensors' launch would compile."""
+        if _collected is None or self._run is not None or (key := self._key(tensors)) in _pending:
+            return
+        described: list[Any] = [None if x is None else MockTensor(x.dtype) for x in tensors]
+        if self._tiles:
+            described = [
+                x if x is None or t is None else TensorDescriptor(x, [*t.shape], [*t.stride], [*t.block])
+                for x, t in zip(described, self._tiles, strict=True)
+            ]
+        arguments = *described, *self._scalars
+        named = {**self._constants, **self._options}
+        warm_up = functools.partial(self._kernel.warmup, *arguments, grid=(self._programs,), **named)
+        _collected[key] = Pending(warm_up, self._device)
+
+    def _key(self, tensors: Sequence[Tensor | None]) -> Any:
+        kinds = [None if x is None else (x.dtype, address(x) & 15 == 0) for x in tensors]
+        blocks = [None if tile is None else tile.block for tile in self._tiles]
+        unspecialised = {p.num for p in self._kernel.params if p.do_not_specialize}
+        numbers = [
+            type(x) if len(tensors) + i in unspecialised else _as_specialised(x) for i, x in enumerate(self._scalars)
+        ]
+        given = (*sorted(self._constants.items()), *sorted(self._options.items()))
+        return self._kernel, self._device, tuple(kinds), tuple(blocks), tuple(numbers), given
 
     def _described(self, tensors: Sequence[Tensor | None]) -> list[Any]:
         return [

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
+from ...kernels.ahead import compile_ahead
 from ..runner import CompilerWarning
 from . import torch_private
 from .adapters import fuse_adapter_gradients
@@ -116,6 +117,7 @@ class Partitioner(CustomPartitionerFn):
                 half.recompile()
             if merge_norms(half.graph) + fuse_adapter_gradients(half.graph) + unpack_where_used(half.graph):
                 half.recompile()
+        compile_ahead(half.graph for half in halves)
         if plan.offloaded:
             by_way_of_host(*halves, plan.offloaded, num_fwd_outputs, plan.inner)
         self.last_plan = plan
