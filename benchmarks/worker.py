@@ -322,7 +322,7 @@ def measure(work: Workload) -> dict[str, Any]:
     first = time.perf_counter() - started
     if turns is not None:
         first -= turns.stopped(started, started + first)
-    first_grad_norm = _grad_norm(trained)
+    first_grad_norm, compiling = _grad_norm(trained), _compiling()
     seconds, launching = [], []
     with turns.alone() if turns is not None else contextlib.nullcontext():
         if cuda:
@@ -360,12 +360,19 @@ def measure(work: Workload) -> dict[str, Any]:
         "peak_allocated_gib": peaks[0] and peaks[0] / 2**30,
         "peak_reserved_gib": peaks[1] and peaks[1] / 2**30,
         "first_step_s": first,
+        "compiling_s": compiling,
         "losses": losses,
         "grad_norm": grad_norm,
         "first_grad_norm": first_grad_norm,
         "trained_parameters": sum(p.numel() for p in trained),
         **profile,
     }
+
+
+def _compiling() -> dict[str, float]:
+    """Seconds by PyTorch's own timers, which nest: of what it has compiled, where that took a second or more."""
+    timers = getattr(sys.modules.get("torch._dynamo.utils"), "compilation_time_metrics", {})
+    return {name: round(total, 1) for name, times in timers.items() if (total := sum(times)) >= 1}
 
 
 def _grad_norm(trained: list[nn.Parameter]) -> float:
