@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import Fresh, Launch, Tile, by_layout
+from .launch import Fresh, Launch, Tile, address, by_layout
 from .low_rank_product_triton import _descriptor_kernel, _pointer_kernel
 from .reasons import dtype_is
 
@@ -139,7 +139,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _addressable(x: Tensor) -> bool:
     """Whether rows start at multiples of 16 bytes: the accelerator's rule, and that of the widest loads."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return address(x) % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ SLOW = (
     "memory/test_partition.py::test_inductor_with_eagers_dropout_masks[keep]",
     "memory/test_same_numbers.py::test_through_inductor_with_dropout",
     "memory/test_slices.py::test_through_inductor_with_several_lengths",
+    "memory/test_spans.py::test_the_same_bits[by way of the host-dynamic-]",
+    "memory/test_spans.py::test_the_same_bits[on the device-dynamic-]",
     "models/test_smollm2.py::test_it_answers_in_16_and_in_4_bits",
     "passes/test_cross_entropy.py::test_no_value_of_the_graph_is_as_large_as_the_logits[dynamic-cohere]",
     "passes/test_cross_entropy.py::test_no_value_of_the_graph_is_as_large_as_the_logits[dynamic-granite]",
@@ -89,7 +91,7 @@ SLOW = (
     "test_benchmarks.py::test_models_of_images_are_measured_and_equal_in_loss",
     "test_benchmarks.py::test_systems_are_checked_against_float32",
     "test_benchmarks.py::test_systems_at_one_time_are_timed_alone",
-    "test_sweep.py::test_architecture_is_equal_under_inductor[falcon]",
+    "test_sweep.py::test_architecture_is_equal_under_inductor[gpt_oss]",
     "test_sweep.py::test_architecture_is_equal_under_inductor[olmo2]",
 )
 """More of what other tests try as well: other models, dtypes and ways through Inductor. ``make test-all`` runs them."""
@@ -98,6 +100,8 @@ SLOW = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
     name = f"{item.path.relative_to(Path(__file__).parent).as_posix()}::{item.name}"
+    # A backend that warns goes on with less, and gradients are right all the same: nothing else would notice.
+    item.add_marker(pytest.mark.filterwarnings("error::unsloth.passes.runner.CompilerWarning"))
     if name in SLOW or name.partition("[")[0] in SLOW:
         item.add_marker("slow")
 

@@ -49,9 +49,10 @@ class Doubled:
 
         Args:
             kept: names.
-            least: names of what every plan without spans keeps.
+            least: names of what the smallest plan without spans keeps. A layer that runs again wants these: the seeds
+                of masks, say, which a plan that keeps all masks does not keep.
         """
-        chosen, always, home = set(kept) - set(self.inner), set(least), self.home
+        chosen, always, home = {*kept, *least} - set(self.inner), set(least), self.home
         return {
             n for n in self.joint.forward if n.name in chosen and (n.name in always or home.get(n) not in self.layers)
         }

@@ -114,7 +114,7 @@ def test_adapters_over_packed_weights() -> None:
 def test_through_inductor_with_dropout() -> None:
     model = Model(layers=5, p=0.3).to(torch.bfloat16)
     results = []
-    for partitioner in (Partitioner(policy="recompute", host=0), Spanning(host=1 << 30)):
+    for partitioner in (Partitioner(policy="recompute", host=0, strict=True), Spanning(host=1 << 30, strict=True)):
         torch._dynamo.reset()
         patches = {"custom_partitioner_fn": partitioner, "emulate_precision_casts": True}
         compiled = torch.compile(model, backend=lambda gm, xs, p=patches: compile_fx(gm, xs, config_patches=p))
