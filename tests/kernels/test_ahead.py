@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -84,14 +85,62 @@ low_rank_product.low_rank_product(a, b.T, p, q.T)
 print(json.dumps([found, ahead, sorted(compiled)]))
 """
 
+EVERY = """
+import json
 
-def test_what_is_compiled_ahead_is_what_launches_want(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", CODE]
+import torch, triton
+from torch._subclasses import FakeTensorMode
+from triton.runtime.jit import JITFunction
+
+from tests.kernels import compile_for_cards as cards
+from unsloth.kernels import low_rank_product, reasons, thin_products
+from unsloth.kernels.launch import collecting
+
+triton.runtime.driver.set_active(cards.Card)
+low_rank_product._multiprocessors = thin_products._multiprocessors = lambda device: 132
+low_rank_product._is_hopper = lambda device: True
+reasons._capability = lambda device: (9, 0)
+asked = []
+JITFunction._do_compile = lambda self, key, *args, **kwargs: asked.append([self.__name__, str(key)])
+launch = JITFunction.run
+JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+found = {}
+for sample in (cards.norms, cards.gates, cards.rotation, cards.weights, cards.products, cards.thin):
+    with FakeTensorMode(), collecting() as pending:
+        sample(torch.bfloat16, 64)
+    for kernel in pending.values():
+        kernel.compile()
+    ahead = list(asked)
+    asked.clear()
+    sample(torch.bfloat16, 64)
+    found[sample.__name__] = [sorted(ahead), sorted(asked)]
+    asked.clear()
+print(json.dumps(found))
+"""
+
+
+def _said(code: str, cache: Path) -> Any:
+    """What a process without Triton's interpreter prints last."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", code]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, ahead, afterwards = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_kernel_is_asked_for_as_it_is_launched(tmp_path: Path) -> None:
+    """By Triton's own key: argument types, alignments, constants and options. Nothing is compiled."""
+    found = _said(EVERY, tmp_path)
+    assert len(found) == 6
+    for name, (ahead, launched) in found.items():
+        assert ahead, name
+        assert ahead == launched, name
+
+
+def test_what_is_compiled_ahead_is_what_launches_want(tmp_path: Path) -> None:
+    found, ahead, afterwards = _said(CODE, tmp_path)
     assert found == [3, 0, 0]  # each once, nothing yet, and nothing that is asked for already
     assert ahead == ["_descriptor_kernel", "_forward_kernel", "_forward_kernel", "_glu_backward_kernel"]
     assert afterwards == ahead
