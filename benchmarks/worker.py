@@ -175,7 +175,7 @@ def ours(work: Workload) -> tuple[nn.Module, Forward]:
     if not work.of_images:
         return model, lambda batch: run(**batch).loss
     from unsloth.compiler.run import sizes_in_graph
-    from unsloth.models.adapters import unwrapped
+    from unsloth.models.parts import unwrapped
     from unsloth.runtime.image_shapes import ImageShapes
 
     shapes = ImageShapes(unwrapped(model))

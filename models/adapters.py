@@ -106,12 +106,6 @@ def with_lora(model: nn.Module, *, rank: int = 16, dropout: float = 0.0, seed: i
     return add_lora(model, rank=rank, alpha=rank, dropout=dropout, seed=seed, init_lora_weights=False)
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The model that PEFT wraps, its adapters in it, or the model."""
-    inner = getattr(model, "get_base_model", None)
-    return model if inner is None else inner()
-
-
 def load_adapter(base: nn.Module, source: Source) -> nn.Module:
     """Put a saved adapter on its base model, trainable.
 

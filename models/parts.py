@@ -32,6 +32,12 @@ class Place(NamedTuple):
     role: Role
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The model that PEFT wraps, its adapters in it, or the model."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
 def places(model: nn.Module) -> dict[str, Place]:
     """The place of every linear layer but the head, by its name.
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import DynamicCache
 
-from ..models.adapters import unwrapped
+from ..models.parts import unwrapped
 from . import responses
 from .generation.cache import cache_argument
 from .problems import DataError

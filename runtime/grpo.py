@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..compiler.run import compiled, sizes_in_graph
-from ..models.adapters import unwrapped
+from ..models.parts import unwrapped
 from .image_shapes import ImageShapes
 from .images import ImageRules
 from .packed_policy import Packed, pack, packed_policy_step, sharing, unlike

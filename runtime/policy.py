@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.adapters import unwrapped
+from ..models.parts import unwrapped
 from .policy_batch import IGNORED
 from .policy_loss import PolicyLoss, PolicyOutput, Sampled, policy_loss
 

@@ -21,7 +21,7 @@ from ..compiler.explain import Explanation, describe
 from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..kernels import offload
-from ..models.adapters import unwrapped
+from ..models.parts import unwrapped
 from .learning_rates import LearningRates
 from .lengths import token_counts
 from .neftune import Neftune

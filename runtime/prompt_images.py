@@ -16,8 +16,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
-from ..models.adapters import unwrapped
-from ..models.parts import outer_parts
+from ..models.parts import outer_parts, unwrapped
 from .image_rows import is_image_part, own_image
 from .images import ImageRules, header_of, open_image
 from .problems import BadRow, DataError, Problems

@@ -30,7 +30,8 @@ from ..compiler.options import Options
 from ..compiler.report import GraphReport
 from ..compiler.run import compiled, guards_of, sizes_in_graph
 from ..kernels import offload
-from ..models.adapters import is_checkpointing, unwrapped
+from ..models.adapters import is_checkpointing
+from ..models.parts import unwrapped
 from .image_shapes import ImageShapes
 from .learning_rates import LearningRates
 from .lengths import WithoutIdleMask, one_length, token_counts

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import unwrapped
+from ..parts import unwrapped
 from .attention import head_of
 from .probe import takes_anything, tokens
 from .rule import ERROR, WARNING, Evidence, rule

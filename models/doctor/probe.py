@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import unwrapped
+from ..parts import unwrapped
 from ..shrink import ORDINARY_TOKENS, ways
 
 SPREAD = 0.5

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters import unwrapped
 from ..gguf_header import read_header
+from ..parts import unwrapped
 from ..source import ModelError, Source, explained, locate, missing_weights
 from .tensors import Tensors, of_folder, of_gguf, of_model
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.paged_attention import paged_attention
-from ...models.adapters import unwrapped
+from ...models.parts import unwrapped
 from .cache import NewTokens, cache_argument, decoding
 from .images import Beside, shift_of, together
 from .pages import PAGE, TRASH, Pools, Shape, pages_for
