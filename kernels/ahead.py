@@ -28,7 +28,6 @@ BY_LAUNCH = ("rms_norm", "add_rms_norm", "swiglu", "geglu", "rope", "nf4_dequant
 """What names of operators begin with that launch by :class:`~unsloth.kernels.launch.Launch` and by nothing else: it
 knows fake tensors. Triton would launch on their address, which is 0."""
 
-
 _UNKNOWN = object()
 """A size that only data tell."""
 

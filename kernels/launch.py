@@ -60,9 +60,9 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 
 def address(x: Tensor) -> int:
-    """Of the first element; of a fake tensor one that tells whether two are the same memory, and is as aligned."""
+    """Of the first element; of a fake tensor that in its memory, which is as aligned as memory that is allocated."""
     if type(x) is FakeTensor:
-        return (x.untyped_storage()._cdata << 8) + x.storage_offset() * x.element_size()
+        return x.storage_offset() * x.element_size()
     return x.data_ptr()
 
 
@@ -222,13 +222,7 @@ class Launch:
             return
         if _pending and (pending := _pending.get(self._key(tensors))) is not None:
             pending.wait()
-        given: Sequence[Any] = tensors
-        if self._tiles:
-            given = [
-                x if x is None or t is None else TensorDescriptor(x, [*t.shape], [*t.stride], [*t.block])
-                for x, t in zip(tensors, self._tiles, strict=True)
-            ]
-        arguments = *given, *self._scalars
+        arguments = *self._given(tensors), *self._scalars
         compiled = self._kernel[(self._programs,)](*arguments, **self._constants, **self._options)
         if compiled is not None:
             constants = (self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
@@ -239,16 +233,19 @@ class Launch:
         """Say which kernel these fake tensors' launch would compile."""
         if _collected is None or self._run is not None or (key := self._key(tensors)) in _pending:
             return
-        described: list[Any] = [None if x is None else MockTensor(x.dtype) for x in tensors]
-        if self._tiles:
-            described = [
-                x if x is None or t is None else TensorDescriptor(x, [*t.shape], [*t.stride], [*t.block])
-                for x, t in zip(described, self._tiles, strict=True)
-            ]
-        arguments = *described, *self._scalars
+        arguments = *self._given([None if x is None else MockTensor(x.dtype) for x in tensors]), *self._scalars
         named = {**self._constants, **self._options}
         warm_up = functools.partial(self._kernel.warmup, *arguments, grid=(self._programs,), **named)
         _collected[key] = Pending(warm_up, self._device)
+
+    def _given(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Tensors as Triton's own launch takes them: those that are read in tiles in its descriptors."""
+        if not self._tiles:
+            return tensors
+        return [
+            x if x is None or t is None else TensorDescriptor(x, [*t.shape], [*t.stride], [*t.block])
+            for x, t in zip(tensors, self._tiles, strict=True)
+        ]
 
     def _key(self, tensors: Sequence[Tensor | None]) -> Any:
         kinds = [None if x is None else (x.dtype, address(x) & 15 == 0) for x in tensors]

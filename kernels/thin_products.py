@@ -27,10 +27,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .launch import Fresh, Launch, by_layout
+from .launch import Fresh, Launch, by_layout, is_interpreted
 from .low_rank_product import _multiprocessors
 from .reasons import small_card
 from .thin_products_triton import glu_kernel, products_kernel, sums_kernel
@@ -274,7 +273,7 @@ def up_workspace(rows: int, widths: Sequence[int], ranks: Sequence[int]) -> int:
 
 def unsupported(x: Tensor, *ranks: int) -> str | None:
     """None where these products may be asked for, else the reason."""
-    if not x.is_cuda and not triton.knobs.runtime.interpret:  # pyright: ignore[reportAttributeAccessIssue]
+    if not x.is_cuda and not is_interpreted():
         return f"{x.device} has no Triton"
     if reason := small_card(x):
         return reason
