@@ -34,7 +34,7 @@ from unsloth.compiler.run import compiled
 from unsloth.models.adapters import add_lora
 from unsloth.models.load import load_model, load_tokenizer
 from unsloth.models.smollm2 import smollm2_gguf
-from unsloth.runtime.trainer import causal_lm_step
+from unsloth.runtime.causal_lm import causal_lm_step
 
 SMOOTHING = 20
 """Steps that a point of a smoothed curve is the mean of."""

@@ -62,7 +62,7 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 def address(x: Tensor) -> int:
     """Of the first element; of a fake tensor that in its memory, which is as aligned as memory that is allocated."""
     if type(x) is FakeTensor:
-        return x.storage_offset() * x.element_size()
+        return int(x.storage_offset()) * x.element_size()
     return x.data_ptr()
 
 

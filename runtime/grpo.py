@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from ..compiler.run import compiled, sizes_in_graph
 from ..models.parts import unwrapped
+from .causal_lm import IGNORED
 from .image_shapes import ImageShapes
 from .images import ImageRules
 from .packed_policy import Packed, pack, packed_policy_step, sharing, unlike
 from .policy import Head, PolicyStep, keeps_logits, policy_step, score
-from .policy_batch import IGNORED, KNOWN, MEDIA, mark_lengths, media_of, trimmed, without_idle_columns
+from .policy_batch import KNOWN, MEDIA, mark_lengths, media_of, trimmed, without_idle_columns
 from .policy_completions import Completions
 from .policy_loss import PER_STEP, Sampled, settings_of
 from .policy_metrics import PolicyMetrics

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.parts import unwrapped
-from .policy_batch import IGNORED
+from .causal_lm import IGNORED
 from .policy_loss import PolicyLoss, PolicyOutput, Sampled, policy_loss
 
 

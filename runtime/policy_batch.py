@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from .causal_lm import IGNORED
 from .generation.images import OF_TOKENS
 from .generation.support import Unsupported
-
-IGNORED = -100
-"""In place of a token that is not scored, as in transformers."""
 
 _OF_PROMPT = {"prompt_ids", "prompt_mask"}
 _OF_COMPLETION = {"completion_ids", "completion_mask", "tool_mask", "old_per_token_logps", "ref_per_token_logps"}

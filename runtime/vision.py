@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ..models.turns import ANSWERS, QUESTIONS, Markers
 from . import responses
+from .causal_lm import IGNORED
 from .image_rows import gathered
 from .images import ImageRules, open_image, size_of
 from .problems import BadRow, DataError
 from .token_texts import pieces
-
-IGNORED = -100
-"""The label of a token that is not trained on, as in transformers."""
 
 Labels = Callable[[Sequence[int]], Sequence[int]]
 _KNOWN = {"user": QUESTIONS[0], "assistant": ANSWERS[0]}

@@ -9,7 +9,7 @@ from benchmarks.curve import SMOOTHING, Setting, begin, compare, curve, smoothed
 from unsloth.models import presets
 from unsloth.models.adapters import add_lora
 from unsloth.models.load import random_batch
-from unsloth.runtime.trainer import causal_lm_step
+from unsloth.runtime.causal_lm import causal_lm_step
 
 FALLING = list(np.linspace(4, 2, 60))
 

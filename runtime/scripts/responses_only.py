@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset
 
 from .. import responses
+from ..causal_lm import IGNORED
 from ..problems import DataError, shown
 from ..token_texts import pieces
-from ..trainer import IGNORED
 from .old_names import explain_once
 
 

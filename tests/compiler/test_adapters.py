@@ -20,7 +20,7 @@ from unsloth.compiler.run import compiled
 from unsloth.kernels import logit_chunks
 from unsloth.models import presets
 from unsloth.models.quantise import quantise_nf4
-from unsloth.runtime.trainer import causal_lm_step
+from unsloth.runtime.causal_lm import causal_lm_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

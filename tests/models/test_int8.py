@@ -17,7 +17,7 @@ from unsloth.models.adapters import add_lora
 from unsloth.models.int8 import int8_linear
 from unsloth.models.load import load_model, random_batch
 from unsloth.models.source import ModelError
-from unsloth.runtime.trainer import causal_lm_step
+from unsloth.runtime.causal_lm import causal_lm_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -21,7 +21,7 @@ from unsloth.compiler.run import compiled
 from unsloth.passes.recognise.cross_entropy import RECOGNISER
 from unsloth.passes.rewrite import Match
 from unsloth.passes.runner import PassReport, run_passes
-from unsloth.runtime.trainer import causal_lm_step
+from unsloth.runtime.causal_lm import causal_lm_step
 
 BATCH, WIDTH, VOCABULARY = 2, 16, 37
 IGNORED = -100

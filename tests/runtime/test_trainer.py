@@ -15,9 +15,10 @@ from peft import LoraConfig, get_peft_model
 from tests.runtime.tiny import dataset
 from unsloth.models import presets
 from unsloth.models.byte_tokenizer import byte_tokenizer
+from unsloth.runtime.causal_lm import causal_lm_step
 from unsloth.runtime.lengths import WithoutIdleMask
 from unsloth.runtime.pace import Pace
-from unsloth.runtime.trainer import SFTTrainer, causal_lm_step
+from unsloth.runtime.trainer import SFTTrainer
 
 EAGER = {"lowering": "eager", "strict": True}
 

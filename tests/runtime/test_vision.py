@@ -19,13 +19,14 @@ from unsloth import FastVisionModel
 from unsloth.models.byte_tokenizer import byte_tokenizer
 from unsloth.models.load import ModelError, load_model
 from unsloth.models.processor import load_processor
+from unsloth.runtime.causal_lm import IGNORED
 from unsloth.runtime.config import ConfigError, read_config
 from unsloth.runtime.dry_run import dry_run
 from unsloth.runtime.export import export
 from unsloth.runtime.problems import BadRow, DataError
 from unsloth.runtime.scripts import old_names
 from unsloth.runtime.train import train
-from unsloth.runtime.vision import IGNORED, Chat, VisionCollator
+from unsloth.runtime.vision import Chat, VisionCollator
 from unsloth.trainer import UnslothVisionDataCollator
 
 IMAGES = 16
